@@ -1,0 +1,118 @@
+"""Import, load and memory, each in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import GPU_LAYERS, N_THREADS, Native, spread
+from pytest_benchmark.fixture import BenchmarkFixture
+
+PROMPT = "The capital of France is"
+_IMPORT = """
+import time
+start = time.perf_counter()
+import {module}
+print((time.perf_counter() - start) * 1e3)
+"""
+
+
+def import_ms(module: str) -> float:
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORT.format(module=module)], check=True, capture_output=True,
+        text=True,
+    )
+    return float(done.stdout)
+
+
+@pytest.mark.benchmark(group="import")
+def test_import(benchmark: BenchmarkFixture, figures: dict[str, Any]) -> None:
+    """``import llama_crab`` beside numpy's and, where installed, the peers' imports."""
+    modules = ["llama_crab", "numpy", "llama_cpp", "xllamacpp"]
+    times: dict[str, list[float]] = {}
+    for module in modules:
+        try:
+            import_ms(module)  # writes the bytecode; says whether it is there
+        except subprocess.CalledProcessError:
+            continue
+        times[module] = []
+
+    def run() -> None:
+        for module, values in times.items():
+            values.append(import_ms(module))
+
+    benchmark.pedantic(run, rounds=15)
+    figure = {f"{module}_ms": spread(values) for module, values in times.items()}
+    benchmark.extra_info.update(figure)
+    figures["import"] = figure
+
+
+_RUN = """
+import json, sys
+from llama_crab import Llama, SamplerChain
+llama = Llama(sys.argv[1], n_ctx=1024, n_threads=int(sys.argv[2]), flash_attn_type=True,
+              n_gpu_layers=int(sys.argv[3]) or None)
+llama.create_completion({prompt!r}, 64, sampler=SamplerChain.benchmark())
+print(json.dumps(llama.load_sec))
+"""
+
+
+def run_measured(command: list[str]) -> tuple[str, float]:
+    """Return what a program printed, and its peak resident set in MiB."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, output
+    per_unit = 2**20 if sys.platform == "darwin" else 2**10
+    return output, usage.ru_maxrss / per_unit
+
+
+@pytest.mark.benchmark(group="load")
+def test_load_and_memory(
+    benchmark: BenchmarkFixture, native: Native, figures: dict[str, Any], model_path: Path
+) -> None:
+    """Load time and peak RSS of a 64-token completion, beside llama-completion's."""
+    ours: list[tuple[float, float]] = []
+    theirs: list[tuple[float, float]] = []
+    command = [
+        str(native.folder / "llama-completion"), "-m", str(model_path), "-p", PROMPT, "-n", "64",
+        "--temp", "0", "-c", "1024", "-t", str(N_THREADS), "-fa", "on", "-no-cnv", "--no-warmup",
+        "--perf", "-ngl", str(GPU_LAYERS),
+    ]
+
+    def before() -> None:
+        output, rss = run_measured(command)
+        match = re.search(r"load time\s*=\s*([\d.]+)\s*ms", output)
+        assert match, output
+        theirs.append((float(match[1]) / 1e3, rss))
+
+    def run() -> None:
+        output, rss = run_measured([
+            sys.executable, "-c", _RUN.format(prompt=PROMPT), str(model_path), str(N_THREADS),
+            str(GPU_LAYERS),
+        ])
+        ours.append((float(output.splitlines()[-1]), rss))
+
+    benchmark.pedantic(run, setup=before, rounds=5)
+    figure = {
+        "load_sec": spread([value for value, _ in ours]),
+        "llama_completion_load_sec": spread([value for value, _ in theirs]),
+        "rss_mib": spread([value for _, value in ours]),
+        "llama_completion_rss_mib": spread([value for _, value in theirs]),
+        "rss_difference_mib": round(
+            statistics.median(value for _, value in ours)
+            - statistics.median(value for _, value in theirs), 1),
+    }
+    benchmark.extra_info.update(figure)
+    figures[f"load/{model_path.stem}"] = figure

@@ -1,0 +1,120 @@
+# The map of the compiled core: every class, the C object behind it, who frees it, who it keeps alive.
+#
+#   Model ──── Vocab                 one llama_model, shared by counted owners (native/handles.h)
+#     ├─────── Context ──┬─ Memory   one llama_context; a share of the model
+#     │                  ├─ Logits, Embeddings    views; a share of the context + one export each
+#     │                  └─ Stepper  the engine's step; a share of the context
+#     ├─────── LoraAdapter           one llama_adapter_lora; a share of the model
+#     └─────── Sampler               one llama_sampler; a chain owns its stages
+#   Batch                            one llama_batch; stands alone
+#
+# The C objects are shared_ptr-owned, so no order of dropping Python objects, and no order in which
+# the collector breaks a cycle, can free a model before its context.
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+from llama_crab.capi cimport lib
+from llama_crab.capi cimport native as nat
+
+
+cdef class Model:
+    cdef nat.ModelPtr _c_model          # this object's share; null after close()
+    cdef int _generation                # fork generation it was made in
+    cdef readonly object path           # str, or tuple of str for splits
+    cdef readonly bint vocab_only       # no weights were loaded: no Context can use it
+    cdef readonly bint no_alloc         # sizes only: no Context can use it
+    cdef Vocab _vocab                   # made on first use
+
+    cdef lib.llama_model *_require_open(self) except NULL
+
+
+cdef class Vocab:
+    cdef nat.ModelPtr _c_model          # the share that keeps the borrowed vocab alive
+    cdef const lib.llama_vocab *_c_vocab
+    cdef Model _model                   # for repr and `model`
+    cdef readonly int32_t n_tokens
+
+    cdef int _require_open(self) except -1
+    cdef int _require_token(self, int64_t token) except -1
+
+
+cdef class Context:
+    cdef nat.ContextPtr _c_ctx          # this object's share; null after close()
+    cdef Model _model                   # strong: ctx.model must work
+    cdef Memory _memory                 # made on first use
+    cdef list _adapters                 # strong: adapters in use by the context
+    cdef int _embeddings                # llama_set_embeddings as last told
+    cdef int _n_seq_max
+    cdef bint _kv_unified
+
+    cdef nat.ContextHandle *_require_open(self) except NULL
+    cdef nat.ContextHandle *_enter(self, bint writes) except NULL
+    cdef object _run(self, Batch batch, bint encode)
+    cdef int _require_seq(self, int64_t seq_id) except -1
+
+
+cdef class Memory:
+    cdef Context _context               # strong: the llama_memory_t is borrowed from it
+
+    cdef lib.llama_memory_t _enter(self, nat.ContextHandle **handle) except NULL
+
+
+cdef class Batch:
+    cdef lib.llama_batch _c_batch       # owned
+    cdef readonly int32_t capacity      # tokens
+    cdef readonly int32_t n_seq_max     # sequence ids per token
+    cdef readonly int32_t n_embd        # 0: token ids; else floats per row
+    cdef bint _open
+
+    cdef int _require_open(self) except -1
+    cdef int _require_room(self, int64_t n) except -1
+
+
+cdef class Sampler:
+    cdef lib.llama_sampler *_c_sampler  # owned unless _parent is set
+    cdef int _generation
+    cdef nat.ModelPtr _c_model          # share, for stages that read a vocab
+    cdef Sampler _parent                # strong: the chain that owns this stage
+    cdef list _stages                   # strong: Python faces of a chain's stages; None if no chain
+    cdef nat.RowSampler _row            # reused candidate buffer of sample()
+
+    cdef lib.llama_sampler *_require_open(self) except NULL
+
+
+cdef class LoraAdapter:
+    cdef nat.AdapterPtr _c_adapter      # this object's share
+    cdef Model _model
+    cdef readonly str path
+
+    cdef lib.llama_adapter_lora *_require_open(self) except NULL
+
+
+cdef class _FloatView:
+    cdef nat.ContextPtr _c_ctx          # share: the memory outlives Context.close() by design
+    cdef Context _context
+    cdef const float *_data             # borrowed until the next decode
+    cdef Py_ssize_t _n
+    cdef long _epoch                    # decode count when it was taken
+    cdef int _exports                   # buffers handed out by this view
+    cdef Py_ssize_t _shape[1]
+    cdef Py_ssize_t _strides[1]
+    cdef list _entered                  # memoryviews of nested `with` blocks
+
+
+cdef class Logits(_FloatView):
+    pass
+
+
+cdef class Embeddings(_FloatView):
+    pass
+
+
+cdef class Stepper:
+    cdef nat.CStepper *_c_stepper       # owned; holds a share of the context
+    cdef Context _context               # strong
+    cdef list _samplers                 # strong: one Sampler (or None) per slot
+
+    cdef nat.CStepper *_require_open(self) except NULL
+    cdef int _require_slot(self, int i) except -1

@@ -1,0 +1,55 @@
+# distutils: language = c++
+# cython: language_level=3, binding=True, embedsignature=False
+# cython: boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""The compiled core: handles of llama.cpp's objects, one class per C object.
+
+Rules (docs/architecture.md says why):
+
+1. `lib.*` is called here and nowhere else; no C pointer reaches Python.
+2. No policy: no defaults of our own, no logging, no numpy.
+3. `_require_open()` (or `_enter()`) is the first statement of every method.
+4. What llama.cpp would assert is checked before the call; guarded calls (native/guard.h) are the
+   second line.
+5. The GIL is released around load, free, decode, encode, sample, tokenise and state.
+6. A Context is used by one thread at a time: `_enter()` refuses the second.
+"""
+from cpython.buffer cimport (
+    PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release,
+    PyObject_CheckBuffer, PyObject_GetBuffer)
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, strlen
+from libcpp cimport bool as cbool
+from libcpp.string cimport string
+from libcpp.utility cimport move
+from libcpp.vector cimport vector
+from cython.operator cimport dereference as deref
+cimport cython
+
+from llama_crab.capi cimport lib
+from llama_crab.capi cimport native as nat
+
+import os
+
+from llama_crab import errors
+
+include "handles/status.pxi"     # Status -> exception, fork check, buffers of token ids
+include "handles/logsink.pxi"    # drain_log, set_log_level
+include "handles/backend.pxi"    # devices, system_info, supports_*
+include "handles/params.pxi"     # keyword arguments -> llama_model_params, llama_context_params
+include "handles/model.pxi"      # Model
+include "handles/vocab.pxi"      # Vocab
+include "handles/batch.pxi"      # Batch
+include "handles/outputs.pxi"    # Logits, Embeddings
+include "handles/context.pxi"    # Context
+include "handles/memory.pxi"     # Memory
+include "handles/adapter.pxi"    # LoraAdapter
+include "handles/sampler.pxi"    # Sampler
+include "handles/stepper.pxi"    # Stepper: one engine step without the GIL
+
+nat.log_install()
+nat.install_abort_handler()
+lib.llama_backend_init()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,192 @@
+# native/*.h: our own C++, which knows no Python.
+from libc.stddef cimport size_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libcpp cimport bool
+from libcpp.memory cimport shared_ptr
+from libcpp.pair cimport pair
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+from llama_crab.capi.llama cimport (
+    llama_adapter_lora, llama_batch, llama_context, llama_context_params, llama_model,
+    llama_model_params, llama_sampler, llama_token, llama_token_data_array, llama_vocab)
+
+# What setup.py built from; a build without it says so.
+cdef extern from *:
+    """
+    #ifndef LLAMA_CRAB_LLAMA_COMMIT
+    #define LLAMA_CRAB_LLAMA_COMMIT "unknown"
+    #endif
+    #ifndef LLAMA_CRAB_BACKEND
+    #define LLAMA_CRAB_BACKEND "unknown"
+    #endif
+    """
+    const char *BUILD_COMMIT "LLAMA_CRAB_LLAMA_COMMIT"
+    const char *BUILD_BACKEND "LLAMA_CRAB_BACKEND"
+
+cdef extern from "native/guard.h" namespace "llama_crab" nogil:
+    cppclass Status:
+        int kind
+        int code
+        string message
+    int STATUS_OK "llama_crab::Status::ok"
+    int STATUS_FAILED "llama_crab::Status::failed"
+    int STATUS_THREW "llama_crab::Status::threw"
+    int STATUS_ASSERTED "llama_crab::Status::asserted"
+    int STATUS_NO_MEMORY "llama_crab::Status::no_memory"
+    void install_abort_handler()
+
+cdef extern from "native/logsink.h" namespace "llama_crab" nogil:
+    cppclass LogLine:
+        int level
+        string text
+    void log_install()
+    void log_set_level(int level)
+    bool log_pending()
+    vector[LogLine] log_drain() except +
+    uint64_t log_mark()
+    vector[string] log_errors_since(uint64_t mark) except +
+
+cdef extern from "native/handles.h" namespace "llama_crab" nogil:
+    void enter_forked_child()
+    # std::atomic reads, spelt so that Cython sees plain values.
+    int fork_generation "(int) llama_crab::fork_generation"
+    long live_models "(long) llama_crab::live.models"
+    long live_contexts "(long) llama_crab::live.contexts"
+    long live_batches "(long) llama_crab::live.batches"
+    long live_samplers "(long) llama_crab::live.samplers"
+    long live_adapters "(long) llama_crab::live.adapters"
+    long live_steppers "(long) llama_crab::live.steppers"
+    void count_batches(long n)
+    void count_samplers(long n)
+
+    cppclass ModelHandle:
+        llama_model *model
+        int generation
+    ctypedef shared_ptr[ModelHandle] ModelPtr
+    ModelPtr load_model(
+        const vector[string]& paths, llama_model_params params, Status& status)
+    void save_model(const ModelHandle& model, const string& path, Status& status)
+
+    cppclass ContextHandle:
+        ModelPtr model
+        llama_context *ctx
+        int generation
+        bool broken
+        int32_t n_outputs_max
+        bool try_enter()
+        void leave()
+        void set_threads(int32_t n_threads, int32_t n_threads_batch) except +
+        int exports()
+        void add_export(int n)
+        long epoch()
+        void request_abort()
+        void clear_abort()
+        bool abort_requested()
+    ctypedef shared_ptr[ContextHandle] ContextPtr
+    ContextPtr create_context(ModelPtr model, llama_context_params params, Status& status)
+    void run_batch(
+        ContextHandle& handle, const llama_batch& batch, bool encode, Status& status)
+    void state_get(
+        ContextHandle& handle, int32_t seq_id, uint32_t flags, vector[uint8_t]& out,
+        Status& status)
+    void state_set(
+        ContextHandle& handle, int32_t seq_id, uint32_t flags, const uint8_t *data, size_t size,
+        Status& status)
+    void state_save_file(
+        ContextHandle& handle, int32_t seq_id, const string& path,
+        const vector[int32_t]& tokens, Status& status)
+    void state_load_file(
+        ContextHandle& handle, int32_t seq_id, const string& path, vector[int32_t]& tokens,
+        Status& status)
+
+    cppclass AdapterHandle:
+        ModelPtr model
+        llama_adapter_lora *adapter
+        int generation
+    ctypedef shared_ptr[AdapterHandle] AdapterPtr
+    AdapterPtr load_adapter(ModelPtr model, const string& path, Status& status)
+    void set_adapters(
+        ContextHandle& handle, const vector[AdapterPtr]& adapters, vector[float] scales,
+        Status& status)
+    void set_control_vector(
+        ContextHandle& handle, const float *data, size_t len, int32_t n_embd, int32_t il_start,
+        int32_t il_end, Status& status)
+
+    void tokenize(
+        const llama_vocab *vocab, const char *text, size_t len, bool add_special,
+        bool parse_special, vector[int32_t]& out, Status& status)
+    void detokenize(
+        const llama_vocab *vocab, const vector[int32_t]& tokens, bool remove_special,
+        bool unparse_special, string& out, Status& status)
+
+cdef extern from "native/row_sampler.h" namespace "llama_crab" nogil:
+    cppclass RowSampler:
+        RowSampler() except +
+        llama_token sample(
+            llama_sampler *chain, const float *row, int32_t n_vocab, Status& status)
+    void accept_prompt(
+        llama_sampler *chain, const llama_token *tokens, size_t n, Status& status)
+    void accept_token(llama_sampler *sampler, llama_token token, Status& status)
+    void apply_sampler(
+        llama_sampler *sampler, llama_token_data_array& candidates, Status& status)
+    llama_sampler *new_grammar(
+        const llama_vocab *vocab, const string& grammar, const string& root, bool lazy,
+        const vector[string]& trigger_patterns, const vector[int32_t]& trigger_tokens,
+        Status& status)
+
+cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
+    ctypedef enum Finish "llama_crab::Finish":
+        FINISH_CANCELLED "llama_crab::Finish::cancelled"
+
+    cppclass TokenLogprobs:
+        float logprob
+        vector[pair[int32_t, float]] top
+
+    cppclass SlotRequest:
+        vector[int32_t] prompt
+        int32_t n_keep
+        int32_t leader
+        int32_t max_tokens
+        int32_t min_tokens
+        int32_t n_logprobs
+        bool prompt_logprobs
+        bool ignore_eos
+        bool special
+        bool emit
+        vector[int32_t] stop_tokens
+        llama_sampler *sampler
+
+    cppclass Slot:
+        bool active
+        Finish finish
+        vector[int32_t] tokens
+        int32_t n_past
+        int32_t n_prompt
+        int32_t n_cached
+        string text
+        vector[int32_t] text_ends
+        vector[TokenLogprobs] logprobs
+        vector[TokenLogprobs] prompt_logprobs
+        llama_token stop_token
+        string error
+        int64_t start_us
+        int64_t first_us
+        int64_t last_us
+        int64_t sample_us
+        int32_t n_generated()
+
+    cppclass CStepper "llama_crab::Stepper":
+        CStepper(ContextPtr context) except +
+        int32_t reusable_prefix(int32_t i, const vector[int32_t]& tokens)
+        int32_t assign(int32_t i, SlotRequest request, Status& status) except +
+        void step(int32_t n_tokens_max, Status& status) except +
+        void release(int32_t i, Finish finish)
+        void clear(int32_t i) except +
+        const Slot& slot(int32_t i)
+        int32_t n_slots()
+        vector[int32_t] events
+        int64_t n_steps
+        int64_t n_decoded
+        int64_t decode_us
+        int64_t sample_us

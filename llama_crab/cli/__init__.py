@@ -1,0 +1,79 @@
+"""The command ``llama-crab``: stdlib only, and the core is loaded when a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from .._version import __version__
+from ..errors import DownloadError, LlamaCrabError
+from . import info, run
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+# What a shell reports for a program ended by SIGINT and by SIGPIPE.
+EXIT_INTERRUPTED = 130
+EXIT_CLOSED_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status.
+
+    0 success, 1 an error in one line on stderr, 2 wrong usage, 130 interrupted by Ctrl-C, 141 the
+    reader of stdout went away.
+    """
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as end:  # argparse: 0 after --help and --version, 2 for wrong usage
+        return end.code if isinstance(end.code, int) else EXIT_USAGE
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character must not end the answer.
+        sys.stdout.reconfigure(errors="replace")
+    # Errors reach the user in one line of ours; without a handler, logging would add its own.
+    logging.getLogger("llama_crab").addHandler(logging.NullHandler())
+    try:
+        status: int = args.command(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _discard_stdout()
+        return EXIT_CLOSED_PIPE
+    except (LlamaCrabError, ImportError, OSError, ValueError) as error:
+        print(f"llama-crab: {_one_line(error)}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _one_line(error: Exception) -> str:
+    message = (str(error) or type(error).__name__).splitlines()[0]
+    # The first line that llama.cpp logged is nearest the cause; pip's is in the message already.
+    if isinstance(error, LlamaCrabError) and error.log and not isinstance(error, DownloadError):
+        cause = error.log[0].strip()
+        return message if cause in message else f"{message}: {cause}"
+    return message
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llama-crab", description="Run a local language model with llama.cpp."
+    )
+    parser.add_argument("--version", action="version", version=f"llama-crab {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (run, info):
+        summary = (module.__doc__ or "").partition("\n")[0]
+        command = commands.add_parser(module.NAME, help=summary, description=summary)
+        module.add_arguments(command)
+        command.set_defaults(command=module.main, parser=command)
+    return parser
+
+
+def _discard_stdout() -> None:
+    # Python flushes stdout once more at exit, which would fail and say so.
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)

@@ -1,0 +1,153 @@
+"""What the scheduler works on: a `Request` and its `Sequence`s, one per answer."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..completion import CompletionChoice, FinishReason, Logprobs, TokenLogprob
+from ..sampling import SamplerChain
+from .text import TextStream
+
+_ids = itertools.count()
+
+# (log-probability, [(token id, log-probability), ...]) as the core reports it.
+RawLogprobs = tuple[float, list[tuple[int, float]]]
+
+
+def new_seed() -> int:
+    """Return a random seed; never 0xFFFFFFFF, which means "random" to llama.cpp."""
+    return int.from_bytes(os.urandom(4), "little") % 0xFFFFFFFF
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One call's worth of work: a prompt and `best_of` answers to it, of which `n` are wanted."""
+
+    prompt: list[int]
+    sampler: SamplerChain
+    seed: int
+    max_tokens: int | None = 128
+    min_tokens: int = 0
+    n: int = 1
+    best_of: int = 1
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    include_stop: bool = False
+    ignore_eos: bool = False
+    special: bool = False
+    logit_bias: Mapping[int, float] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    stream: bool = False
+    cache_prompt: bool = True
+    id: str = field(default_factory=lambda: f"cmpl-{next(_ids)}-{os.urandom(6).hex()}")
+    submit_us: int = 0
+    end_us: int = 0
+    error: BaseException | None = None
+    sequences: list[Sequence] = field(default_factory=list)
+    news: deque[News] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.sequences = [Sequence(self, index) for index in range(self.best_of)]
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return self.end_us != 0
+
+    @property
+    def emit(self) -> bool:
+        """Whether every token must be looked at, not the finished text only."""
+        return self.stream or bool(self.stop)
+
+    @property
+    def n_logprobs(self) -> int:
+        """How many alternatives the core computes per token; -1 for no log-probabilities."""
+        if self.logprobs is not None:
+            return self.logprobs
+        return 0 if self.best_of > self.n else -1
+
+
+@dataclass(slots=True, frozen=True)
+class News:
+    """Text of one sequence for a streaming reader; `last` on the sequence's final piece."""
+
+    sequence: Sequence
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: list[RawLogprobs]
+    last: bool
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One answer in the making. `slot` is its sequence of the context while it runs."""
+
+    request: Request
+    index: int
+    slot: int | None = None
+    text_parts: list[str] = field(default_factory=list)
+    n_bytes: int = 0
+    n_tokens_told: int = 0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[RawLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[RawLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    n_cached: int = 0
+    times: tuple[int, int, int, int] = (0, 0, 0, 0)
+    stream: TextStream = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stream = TextStream(self.request.stop, self.request.include_stop)
+
+    @property
+    def text(self) -> str:
+        """The answer so far, as far as it is certain."""
+        return "".join(self.text_parts)
+
+    @property
+    def mean_logprob(self) -> float:
+        """What `best_of` ranks by; an empty answer ranks last."""
+        if not self.logprobs:
+            return float("-inf")
+        return sum(entry[0] for entry in self.logprobs) / len(self.logprobs)
+
+    def choice(
+        self, index: int, echo: str, logprobs: Logprobs | None
+    ) -> CompletionChoice:
+        """Return the public form."""
+        return CompletionChoice(
+            index=index,
+            text=echo + self.text,
+            finish_reason=self.finish_reason or "cancelled",
+            stop_reason=self.stop_reason,
+            tokens=tuple(self.tokens),
+            logprobs=logprobs,
+        )
+
+
+def token_logprobs(
+    tokens: list[int] | tuple[int, ...], raw: list[RawLogprobs], piece: PieceOf
+) -> list[TokenLogprob]:
+    """Return the public form of the core's log-probabilities."""
+    return [
+        TokenLogprob.from_piece(
+            token,
+            piece(token),
+            logprob,
+            [TokenLogprob.from_piece(other, piece(other), value) for other, value in top],
+        )
+        for token, (logprob, top) in zip(tokens, raw, strict=True)
+    ]
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    PieceOf = Callable[[int], bytes]

@@ -1,0 +1,232 @@
+"""The one generation loop: admit, decode, sample, hand out."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from .. import _core, logs
+from ..completion import FinishReason
+from ..errors import DecodeAborted, DecodeError, KVCacheFullError, LlamaCrabError, SamplerError
+from .prefix_cache import PrefixCache
+from .request import News, Request, Sequence
+
+
+class Scheduler:
+    """Runs requests over the sequences of one context, several in each batch.
+
+    `step` is the loop's body. It decodes one token of every running sequence, fills the rest of
+    the batch with pieces of waiting prompts, and collects what is new. The heavy part is one call
+    into the core without the GIL; Python looks at a sequence only when it has news.
+
+    Thread-safety: none; the facade holds a lock around it.
+    """
+
+    def __init__(self, context: _core.Context) -> None:
+        self.context = context
+        self.stepper = _core.Stepper(context)
+        # A prompt is prefilled in micro-batches anyway; handing over one at a time lets running
+        # sequences continue, and Ctrl-C act, in between.
+        self._budget = max(context.n_ubatch, context.n_seq_max)
+        self._cache = PrefixCache(self.stepper)
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[int, Sequence] = {}
+        self._interrupted = False
+
+    @property
+    def n_running(self) -> int:
+        """Sequences that have a slot."""
+        return len(self._running)
+
+    @property
+    def n_waiting(self) -> int:
+        """Sequences that wait for a slot."""
+        return len(self._waiting)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; `step` until it is done."""
+        request.submit_us = _core.time_us()
+        self._waiting.extend(request.sequences)
+
+    def cancel(self, request: Request) -> None:
+        """End a request now; what it has generated stays. Does nothing when it is done."""
+        if request.done:
+            return
+        for sequence in request.sequences:
+            if sequence.slot is not None:
+                self._retire(sequence, "cancelled", None)
+            elif sequence.finish_reason is None:
+                sequence.finish_reason = "cancelled"
+        self._waiting = deque(s for s in self._waiting if s.request is not request)
+        request.end_us = _core.time_us()
+
+    def cancel_all(self) -> None:
+        """End every request, running or waiting."""
+        for request in self._requests():
+            self.cancel(request)
+
+    def step(self) -> None:
+        """Advance everything by one batch.
+
+        An error that concerns one request ends that request and is kept in `Request.error`.
+        Raises `DecodeError` when the context itself fails; then every request has ended with it.
+        """
+        if self._interrupted:
+            self._recover()
+        self._admit()
+        self._interrupted = True
+        try:
+            news = self.stepper.step(self._budget)
+        except KVCacheFullError as error:
+            if not self._cache.evict(self._idle()):
+                self._fail(self._youngest().request, error)
+            self._interrupted = False
+            return
+        except DecodeAborted:
+            return  # nothing is lost: the next step decodes again what was dropped
+        except DecodeError as error:
+            self._interrupted = False
+            for request in self._requests():
+                self._fail(request, error)
+            raise
+        finally:
+            logs.flush()
+        for slot in news:
+            sequence = self._running.get(slot)
+            if sequence is not None:
+                self._collect(sequence)
+        self._interrupted = False
+
+    def _requests(self) -> set[Request]:
+        return {s.request for s in (*self._running.values(), *self._waiting)}
+
+    def _idle(self) -> list[int]:
+        return [slot for slot in range(self.stepper.n_slots) if slot not in self._running]
+
+    def _youngest(self) -> Sequence:
+        return max(self._running.values(), key=lambda sequence: sequence.request.submit_us)
+
+    def _recover(self) -> None:
+        """Look at every sequence: a signal came between the core's step and ours."""
+        for sequence in list(self._running.values()):
+            self._collect(sequence)
+        self._interrupted = False
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self.stepper.n_slots:
+            sequence = self._waiting.popleft()
+            try:
+                self._assign(sequence)
+            except LlamaCrabError as error:
+                self._fail(sequence.request, error)
+
+    def _assign(self, sequence: Sequence) -> None:
+        request = sequence.request
+        greedy = request.sampler.is_greedy and not request.logit_bias
+        sampler = None if greedy else request.sampler.compile(
+            self.context.model, request.seed, request.logit_bias, choice=sequence.index
+        )
+        leader = self._leader(request)
+        reuse = request.cache_prompt and not request.prompt_logprobs and leader < 0
+        slot, n_keep = self._cache.best(self._idle(), request.prompt)
+        self.stepper.assign(
+            slot,
+            request.prompt,
+            sampler=sampler,
+            n_keep=n_keep if reuse else 0,
+            leader=leader,
+            max_tokens=-1 if request.max_tokens is None else request.max_tokens,
+            min_tokens=request.min_tokens,
+            stop_tokens=request.stop_tokens,
+            n_logprobs=request.n_logprobs,
+            prompt_logprobs=request.prompt_logprobs and leader < 0,
+            ignore_eos=request.ignore_eos,
+            special=request.special,
+            emit=request.emit,
+        )
+        self._cache.touch(slot)
+        sequence.slot = slot
+        self._running[slot] = sequence
+
+    def _leader(self, request: Request) -> int:
+        """The slot that is prefilling the same request's prompt, or -1."""
+        for other in request.sequences:
+            if other.slot is not None and self.stepper.progress(other.slot)[3] == 0:
+                return other.slot
+        return -1
+
+    def _collect(self, sequence: Sequence) -> None:
+        """Take what is new from the core; end the sequence if it has finished."""
+        slot = sequence.slot
+        if slot is None:
+            return
+        request = sequence.request
+        text = self._take_text(sequence, slot)
+        if sequence.stream.stop is not None:
+            self._retire(sequence, "stop", sequence.stream.stop, text)
+            return
+        reason, token = self.stepper.finish(slot)
+        if reason is None:
+            self._tell(sequence, text)
+        elif reason == "error":
+            self._fail(request, SamplerError(self.stepper.error(slot)))
+        elif reason == "stop_token":
+            self._retire(sequence, "stop", token, text)
+        elif reason == "eog":
+            self._retire(sequence, "stop", None, text)
+        elif reason != "cancelled":
+            self._retire(sequence, "length", None, text)
+
+    def _take_text(self, sequence: Sequence, slot: int) -> str:
+        data = self.stepper.text(slot, sequence.n_bytes)
+        sequence.n_bytes += len(data)
+        return sequence.stream.push(data)
+
+    def _tell(self, sequence: Sequence, text: str, last: bool = False) -> None:
+        if text:
+            sequence.text_parts.append(text)
+        request, slot = sequence.request, sequence.slot
+        if not request.stream or slot is None:
+            return
+        told = sequence.n_tokens_told
+        tokens = tuple(sequence.tokens[told:] if last else self.stepper.generated(slot, told))
+        raw = self.stepper.logprobs(slot, told)[: len(tokens)] if request.logprobs is not None else []
+        sequence.n_tokens_told = told + len(tokens)
+        request.news.append(News(sequence, text, tokens, raw, last))
+
+    def _retire(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        stop_reason: str | int | None,
+        text: str = "",
+    ) -> None:
+        """End a sequence: take the rest from its slot and free it."""
+        slot = sequence.slot
+        if slot is None:
+            return
+        text += self._take_text(sequence, slot) + sequence.stream.flush()
+        sequence.tokens = self.stepper.generated(slot)
+        if sequence.stream.stop is not None:
+            # The tokens that gave at least one byte of the answer; the rest spelt the stop string.
+            starts = [0, *self.stepper.text_ends(slot)[:-1]]
+            n = sum(start < sequence.stream.end for start in starts)
+            sequence.tokens = sequence.tokens[:n]
+        sequence.logprobs = self.stepper.logprobs(slot)[: len(sequence.tokens)]
+        sequence.prompt_logprobs = self.stepper.prompt_logprobs(slot)
+        sequence.n_cached = self.stepper.progress(slot)[1]
+        sequence.times = self.stepper.times(slot)
+        sequence.finish_reason = reason
+        sequence.stop_reason = stop_reason
+        self._tell(sequence, text, last=True)
+        self.stepper.release(slot)
+        self._cache.touch(slot)
+        del self._running[slot]
+        sequence.slot = None
+        request = sequence.request
+        if all(other.finish_reason is not None for other in request.sequences):
+            request.end_us = _core.time_us()
+
+    def _fail(self, request: Request, error: LlamaCrabError) -> None:
+        request.error = error
+        self.cancel(request)
+        request.end_us = request.end_us or _core.time_us()

@@ -1,0 +1,121 @@
+"""The exception tree.
+
+Every exception raised on purpose derives from `LlamaCrabError` and from the builtin that fits,
+so that ``except OSError`` around a load or ``except ValueError`` around an argument works too.
+"""
+
+from __future__ import annotations
+
+
+class LlamaCrabError(Exception):
+    """Base of all errors of this package.
+
+    ``log`` holds the last error lines that llama.cpp printed in the failing call, oldest first:
+    most failures of the C library are a NULL plus a log line.
+    """
+
+    def __init__(self, message: str = "", *, log: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.log = log
+
+    def __str__(self) -> str:
+        message = str(self.args[0]) if self.args else ""
+        return "\n  ".join((message, *self.log)) if self.log else message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.args, self.__dict__))
+
+
+def _rebuild(
+    cls: type[LlamaCrabError], args: tuple[object, ...], state: dict[str, object]
+) -> LlamaCrabError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class ModelNotFoundError(LlamaCrabError, FileNotFoundError):
+    """The model file, repository or quantisation does not exist."""
+
+
+class ModelLoadError(LlamaCrabError, OSError):
+    """The file exists but is no model that llama.cpp can load."""
+
+
+class ModelLoadCancelled(ModelLoadError):
+    """The progress callback returned False."""
+
+
+class DownloadError(LlamaCrabError, OSError):
+    """A model could not be fetched."""
+
+
+class BackendUnavailableError(LlamaCrabError, RuntimeError):
+    """The asked-for device or backend cannot serve."""
+
+
+class ContextCreateError(LlamaCrabError, RuntimeError):
+    """llama.cpp refused to create the context."""
+
+
+class OutOfMemoryError(ContextCreateError, MemoryError):
+    """The context does not fit in memory."""
+
+
+class ContextBusyError(LlamaCrabError, RuntimeError):
+    """Another thread is inside a call on this context."""
+
+
+class ContextLengthError(LlamaCrabError, ValueError):
+    """The prompt does not fit in the context."""
+
+
+class ClosedError(LlamaCrabError, ValueError):
+    """The object was closed."""
+
+
+class ForkedProcessError(LlamaCrabError, RuntimeError):
+    """The object belongs to the parent process and cannot be used after a fork."""
+
+
+class DecodeError(LlamaCrabError, RuntimeError):
+    """``llama_decode`` or ``llama_encode`` failed; ``code`` is its return value."""
+
+    code: int = 0
+
+
+class KVCacheFullError(DecodeError):
+    """No KV slot for the batch was found (``llama_decode`` returned 1)."""
+
+
+class DecodeAborted(DecodeError):
+    """The call was aborted from another thread (``llama_decode`` returned 2)."""
+
+
+class InvalidTokenError(LlamaCrabError, ValueError):
+    """A token id is outside the vocabulary."""
+
+
+class InvalidBatchError(LlamaCrabError, ValueError):
+    """A batch is too large, empty, or names an unknown sequence or position."""
+
+
+class TokenizeError(LlamaCrabError, ValueError):
+    """The text cannot be tokenised."""
+
+
+class SamplerError(LlamaCrabError, ValueError):
+    """A sampler was built, chained or used in a way that llama.cpp does not allow."""
+
+
+class GrammarError(SamplerError):
+    """The grammar does not parse."""
+
+
+class StateError(LlamaCrabError, ValueError):
+    """A saved state does not fit this context, or is damaged."""
+
+
+class AdapterError(LlamaCrabError, ValueError):
+    """A LoRA adapter cannot be loaded or applied."""

@@ -1,0 +1,85 @@
+@cython.final
+cdef class LoraAdapter:
+    """A LoRA adapter loaded for one `Model`; apply it with `Context.set_adapters`.
+
+    Raises `ModelNotFoundError`, `AdapterError`.
+    Thread-safety: immutable.
+
+    Wraps ``llama_adapter_lora_init``.
+    """
+
+    def __cinit__(self, Model model not None, path):
+        cdef string name = _path_bytes(path)
+        cdef nat.Status status
+        cdef uint64_t mark = nat.log_mark()
+        model._require_open()
+        if model.vocab_only or model.no_alloc:
+            raise errors.AdapterError("the model was loaded without weights")
+        if not os.path.exists(path):
+            raise errors.ModelNotFoundError(f"no such file: {os.fspath(path)}")
+        with nogil:
+            self._c_adapter = nat.load_adapter(model._c_model, name, status)
+        if self._c_adapter == NULL:
+            raise _error(errors.AdapterError, status, mark, f"cannot load {os.fsdecode(path)}")
+        self._model = model
+        self.path = os.fsdecode(path)
+
+    def __dealloc__(self):
+        with nogil:
+            self._c_adapter.reset()
+
+    cdef lib.llama_adapter_lora *_require_open(self) except NULL:
+        if self._c_adapter == NULL:
+            raise errors.ClosedError("the adapter is closed")
+        _check_generation(self._c_adapter.get().generation)
+        return self._c_adapter.get().adapter
+
+    def close(self):
+        """Give up this object's share; contexts that use the adapter keep it.
+
+        Wraps ``llama_adapter_lora_free``.
+        """
+        with nogil:
+            self._c_adapter.reset()
+
+    @property
+    def closed(self):
+        return self._c_adapter == NULL
+
+    def __repr__(self):
+        return "<LoraAdapter closed>" if self._c_adapter == NULL else f"<LoraAdapter {self.path!r}>"
+
+    def __reduce__(self):
+        raise TypeError("a LoraAdapter cannot be pickled; pickle its path")
+
+    @property
+    def model(self):
+        return self._model
+
+    @property
+    def metadata(self):
+        """The adapter's scalar metadata as a dict of strings."""
+        cdef lib.llama_adapter_lora *adapter = self._require_open()
+        cdef dict found = {}
+        cdef char key[256]
+        cdef vector[char] value
+        cdef int32_t i, n
+        for i in range(lib.llama_adapter_meta_count(adapter)):
+            lib.llama_adapter_meta_key_by_index(adapter, i, key, sizeof(key))
+            value.resize(256)
+            n = lib.llama_adapter_meta_val_str_by_index(adapter, i, value.data(), value.size())
+            if n >= <int32_t> value.size():
+                value.resize(n + 1)
+                lib.llama_adapter_meta_val_str_by_index(adapter, i, value.data(), value.size())
+            if n >= 0:
+                found[_text(key)] = _text(value.data())
+        return found
+
+    @property
+    def invocation_tokens(self):
+        """Ids that switch an activated LoRA (aLoRA) on; empty for ordinary adapters."""
+        cdef lib.llama_adapter_lora *adapter = self._require_open()
+        cdef uint64_t n = lib.llama_adapter_get_alora_n_invocation_tokens(adapter)
+        cdef const int32_t *ids = lib.llama_adapter_get_alora_invocation_tokens(adapter)
+        cdef uint64_t i
+        return tuple([ids[i] for i in range(n)])

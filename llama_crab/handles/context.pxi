@@ -1,0 +1,568 @@
+cdef dict _POOLING_NAMES = {value: name for name, value in _POOLING_TYPES.items()}
+
+
+cdef int _refuse_larger_than_memory(
+        Model model, lib.llama_context_params *c) except -1:
+    # Linux grants allocations that it cannot back and kills the process later, so a KV cache that
+    # exceeds the whole machine is refused first. Recurrent states and windowed caches are smaller
+    # than this estimate; they are left to llama.cpp.
+    if not hasattr(os, "sysconf") or model.is_recurrent or model.is_hybrid:
+        return 0
+    if (lib.llama_supports_gpu_offload() and c.offload_kqv) or (model.n_swa > 0 and not c.swa_full):
+        return 0
+    cdef dict metadata = model.metadata
+    arch = metadata.get("general.architecture", "")
+    head = model.n_embd // max(1, model.n_head)
+    width = (int(metadata.get(f"{arch}.attention.key_length", head))
+             + int(metadata.get(f"{arch}.attention.value_length", head)))
+    # 4-bit types are the smallest that llama.cpp allows here.
+    bits = 4 if c.type_k not in (_KV_TYPES["f32"], _KV_TYPES["f16"], _KV_TYPES["bf16"]) else 16
+    n_ctx = c.n_ctx or model.n_ctx_train
+    needed = n_ctx * model.n_layer * model.n_head_kv * width * bits // 8
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > total:
+        raise errors.OutOfMemoryError(
+            f"n_ctx={n_ctx} needs about {needed / 2**30:.1f} GiB for its KV cache, "
+            f"the machine has {total / 2**30:.1f} GiB")
+    return 0
+
+
+@cython.final
+cdef class Context:
+    """A KV cache and compute buffers over a `Model`.
+
+    Keyword arguments are the fields of ``llama_context_params`` under their own names; what is not
+    given keeps llama.cpp's default. ggml's thread pool is attached for `n_threads` (and another
+    one for `n_threads_batch` where it differs).
+
+    Raises `ContextCreateError`, `OutOfMemoryError`.
+    Thread-safety: one call at a time; a second thread gets `ContextBusyError`. `abort` may be
+    called from any thread.
+
+    Wraps ``llama_init_from_model``.
+    """
+
+    def __cinit__(self, Model model not None, **fields):
+        cdef lib.llama_context_params c = lib.llama_context_default_params()
+        cdef nat.Status status
+        cdef uint64_t mark
+        model._require_open()
+        if model.vocab_only or model.no_alloc:
+            raise errors.ContextCreateError("the model was loaded without weights")
+        for field, value in fields.items():
+            _set_context_param(&c, field, value)
+        n_ctx = c.n_ctx or model.n_ctx_train
+        n_outputs_max = c.n_outputs_max or c.n_batch
+        if not c.n_seq_max <= min(c.n_batch, n_ctx, n_outputs_max):
+            raise errors.ContextCreateError(
+                f"n_seq_max={c.n_seq_max} exceeds n_batch={c.n_batch}, n_ctx={n_ctx} "
+                f"or n_outputs_max={n_outputs_max}")
+        if c.type_v not in (_KV_TYPES["f32"], _KV_TYPES["f16"], _KV_TYPES["bf16"]) \
+                and c.flash_attn_type == lib.LLAMA_FLASH_ATTN_TYPE_DISABLED:
+            raise errors.ContextCreateError("a quantized type_v needs flash attention")
+        _refuse_larger_than_memory(model, &c)
+        mark = nat.log_mark()
+        with nogil:
+            self._c_ctx = nat.create_context(model._c_model, c, status)
+        if self._c_ctx == NULL:
+            found = _error(errors.ContextCreateError, status, mark, _str(status.message))
+            if any("allocate" in line or "out of memory" in line for line in found.log):
+                found = errors.OutOfMemoryError(found.args[0], log=found.log)
+            raise found
+        self._model = model
+        self._adapters = []
+        self._embeddings = c.embeddings
+        self._n_seq_max = lib.llama_n_seq_max(self._c_ctx.get().ctx)
+        self._kv_unified = c.kv_unified
+
+    def __dealloc__(self):
+        with nogil:
+            self._c_ctx.reset()
+
+    cdef nat.ContextHandle *_require_open(self) except NULL:
+        if self._c_ctx == NULL:
+            raise errors.ClosedError("the context is closed")
+        _check_generation(self._c_ctx.get().generation)
+        return self._c_ctx.get()
+
+    cdef nat.ContextHandle *_enter(self, bint writes) except NULL:
+        """Claim the context for one call; the caller must end it with ``leave()``."""
+        cdef nat.ContextHandle *handle = self._require_open()
+        if handle.broken:
+            raise errors.DecodeError(
+                "an assertion of llama.cpp failed in this context; its state is unknown: close it")
+        if writes and handle.exports() > 0:
+            raise BufferError(
+                f"{handle.exports()} buffer(s) over logits or embeddings are alive; release them "
+                "(`with ctx.logits() as row:`), copy them (`ctx.copy_logits(out=...)`), "
+                "or sample in C")
+        if not handle.try_enter():
+            raise errors.ContextBusyError("another thread is using this context")
+        return handle
+
+    cdef int _require_seq(self, int64_t seq_id) except -1:
+        if not 0 <= seq_id < self._n_seq_max:
+            raise errors.InvalidBatchError(
+                f"seq_id {seq_id} is outside 0..{self._n_seq_max - 1} (n_seq_max)")
+        return 0
+
+    def close(self):
+        """Free the context; raises `BufferError` while a view's buffer is alive.
+
+        Wraps ``llama_free``.
+        """
+        if self._c_ctx == NULL:
+            return
+        if self._c_ctx.get().generation == nat.fork_generation:
+            self._enter(True).leave()
+        self._adapters = []
+        with nogil:
+            self._c_ctx.reset()
+
+    @property
+    def closed(self):
+        return self._c_ctx == NULL
+
+    def __enter__(self):
+        self._require_open()
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def __repr__(self):
+        if self._c_ctx == NULL:
+            return "<Context closed>"
+        return (f"<Context n_ctx={self.n_ctx} n_batch={self.n_batch} n_ubatch={self.n_ubatch} "
+                f"n_seq_max={self._n_seq_max} of {self._model!r}>")
+
+    def __reduce__(self):
+        raise TypeError("a Context cannot be pickled; see state_get")
+
+    @property
+    def model(self):
+        return self._model
+
+    @property
+    def memory(self):
+        """The context's `Memory` (KV cache or recurrent state). Wraps ``llama_get_memory``."""
+        self._require_open()
+        if self._memory is None:
+            self._memory = _new_memory(self)
+        return self._memory
+
+    @property
+    def n_ctx(self):
+        """Positions of all sequences together. Wraps ``llama_n_ctx``."""
+        return lib.llama_n_ctx(self._require_open().ctx)
+
+    @property
+    def n_ctx_seq(self):
+        """Positions one sequence can use. Wraps ``llama_n_ctx_seq``."""
+        return lib.llama_n_ctx_seq(self._require_open().ctx)
+
+    @property
+    def n_batch(self):
+        """Most tokens of one decode. Wraps ``llama_n_batch``."""
+        return lib.llama_n_batch(self._require_open().ctx)
+
+    @property
+    def n_ubatch(self):
+        """Most tokens computed at once. Wraps ``llama_n_ubatch``."""
+        return lib.llama_n_ubatch(self._require_open().ctx)
+
+    @property
+    def n_seq_max(self):
+        """Number of sequences. Wraps ``llama_n_seq_max``."""
+        self._require_open()
+        return self._n_seq_max
+
+    @property
+    def n_outputs_max(self):
+        """Most output rows of one decode."""
+        return self._require_open().n_outputs_max
+
+    @property
+    def kv_unified(self):
+        """True when all sequences share one KV buffer."""
+        self._require_open()
+        return self._kv_unified
+
+    @property
+    def pooling_type(self):
+        """How embeddings are pooled, by name. Wraps ``llama_pooling_type``."""
+        return _POOLING_NAMES.get(lib.c_pooling_type(self._require_open().ctx), "unspecified")
+
+    @property
+    def n_threads(self):
+        """Threads for single tokens. Wraps ``llama_n_threads``."""
+        return lib.llama_n_threads(self._require_open().ctx)
+
+    @property
+    def n_threads_batch(self):
+        """Threads for batches. Wraps ``llama_n_threads_batch``."""
+        return lib.llama_n_threads_batch(self._require_open().ctx)
+
+    def set_n_threads(self, n_threads, n_threads_batch):
+        """Change the thread counts and attach new pools. Wraps ``llama_set_n_threads``."""
+        cdef int32_t n = <int32_t> _integer("n_threads", n_threads, 1, lib.GGML_MAX_N_THREADS)
+        cdef int32_t n_batch = <int32_t> _integer(
+            "n_threads_batch", n_threads_batch, 1, lib.GGML_MAX_N_THREADS)
+        cdef nat.ContextHandle *handle = self._enter(False)
+        try:
+            with nogil:
+                handle.set_threads(n, n_batch)
+        finally:
+            handle.leave()
+
+    @property
+    def embeddings_enabled(self):
+        """Whether decodes give embeddings. Wraps ``llama_set_embeddings``."""
+        self._require_open()
+        return bool(self._embeddings)
+
+    @embeddings_enabled.setter
+    def embeddings_enabled(self, bint value):
+        cdef nat.ContextHandle *handle = self._enter(False)
+        lib.llama_set_embeddings(handle.ctx, value)
+        self._embeddings = value
+        handle.leave()
+
+    @property
+    def causal_attn(self):
+        """Whether attention sees past tokens only. Wraps ``llama_set_causal_attn``."""
+        return lib.llama_get_causal_attn(self._require_open().ctx)
+
+    @causal_attn.setter
+    def causal_attn(self, bint value):
+        cdef nat.ContextHandle *handle = self._enter(False)
+        lib.llama_set_causal_attn(handle.ctx, value)
+        handle.leave()
+
+    cdef object _run(self, Batch batch, bint encode):
+        cdef nat.Status status
+        cdef uint64_t mark
+        cdef lib.llama_batch *c = &batch._c_batch
+        cdef int32_t i, j
+        cdef int32_t n_outputs = 0
+        cdef nat.ContextHandle *handle = self._enter(True)
+        try:
+            batch._require_open()
+            limit = lib.llama_n_batch(handle.ctx)
+            whole = encode or not lib.llama_get_causal_attn(handle.ctx)
+            if whole:
+                limit = lib.llama_n_ubatch(handle.ctx)
+            if c.n_tokens == 0:
+                raise errors.InvalidBatchError("the batch is empty")
+            if c.n_tokens > limit:
+                raise errors.InvalidBatchError(
+                    f"{c.n_tokens} tokens exceed {'n_ubatch' if whole else 'n_batch'}={limit}")
+            if batch.n_embd != 0 and batch.n_embd != lib.llama_model_n_embd_inp(
+                    handle.model.get().model):
+                raise errors.InvalidBatchError(
+                    f"the batch's rows have {batch.n_embd} values, the model takes "
+                    f"{self._model.n_embd_inp}")
+            n_vocab = self._model.vocab.n_tokens
+            for i in range(c.n_tokens):
+                n_outputs += c.logits[i] != 0
+                for j in range(c.n_seq_id[i]):
+                    self._require_seq(c.seq_id[i][j])
+                if batch.n_embd == 0 and not 0 <= c.token[i] < n_vocab:
+                    raise errors.InvalidTokenError(
+                        f"token {c.token[i]} is outside the vocabulary (0..{n_vocab - 1})")
+            if self._embeddings:
+                n_outputs = c.n_tokens
+            if n_outputs > handle.n_outputs_max:
+                raise errors.InvalidBatchError(
+                    f"{n_outputs} output rows exceed n_outputs_max={handle.n_outputs_max}")
+            mark = nat.log_mark()
+            with nogil:
+                nat.run_batch(deref(handle), c[0], encode, status)
+        finally:
+            handle.leave()
+        if status.kind == nat.STATUS_OK:
+            return
+        if status.kind == nat.STATUS_FAILED and status.code == -1:
+            raise _error(errors.InvalidBatchError, status, mark, "llama.cpp refused the batch")
+        if status.kind == nat.STATUS_FAILED and status.code == 1:
+            raise _error(errors.KVCacheFullError, status, mark, "no KV slot for the batch")
+        if status.kind == nat.STATUS_FAILED and status.code == 2:
+            raise _error(errors.DecodeAborted, status, mark, "aborted")
+        raise _error(errors.DecodeError, status, mark,
+                     f"{_str(status.message)} with code {status.code}")
+
+    def decode(self, Batch batch not None):
+        """Run the model over `batch` and extend the memory.
+
+        Raises `InvalidBatchError`, `InvalidTokenError`, `KVCacheFullError`, `DecodeAborted`,
+        `DecodeError`; `BufferError` while a view's buffer is alive. Wraps ``llama_decode``.
+        """
+        self._run(batch, False)
+
+    def encode(self, Batch batch not None):
+        """Run the encoder (or an embedding model) over `batch`; errors as `decode`.
+
+        Wraps ``llama_encode``.
+        """
+        self._run(batch, True)
+
+    def synchronize(self):
+        """Wait until the device has finished. Wraps ``llama_synchronize``."""
+        cdef nat.ContextHandle *handle = self._enter(False)
+        with nogil:
+            lib.llama_synchronize(handle.ctx)
+        handle.leave()
+
+    def abort(self):
+        """Make the running (or else the next) decode stop with `DecodeAborted`.
+
+        From any thread. Acts within a graph node on CPU and Metal, between micro-batches
+        elsewhere. Wraps ``llama_set_abort_callback``.
+        """
+        self._require_open().request_abort()
+
+    def clear_abort(self):
+        """Withdraw an `abort` that has not acted yet."""
+        self._require_open().clear_abort()
+
+    def logits(self, int32_t i=-1):
+        """Return output row `i` of the last decode as a zero-copy `Logits` view.
+
+        `i` is an index into the batch (that token asked for logits), or negative from the end of
+        the outputs. Raises IndexError. Lifetime: until the next decode; see `Logits`.
+        Wraps ``llama_get_logits_ith``.
+        """
+        cdef float *data
+        cdef nat.ContextHandle *handle = self._enter(False)
+        with nogil:
+            data = lib.llama_get_logits_ith(handle.ctx, i)
+        handle.leave()
+        if data == NULL:
+            raise IndexError(f"the last decode has no logits for index {i}")
+        return _new_view(Logits, self, data, self._model.vocab.n_tokens)
+
+    def copy_logits(self, out, int32_t i=-1):
+        """Copy output row `i` into `out`, a writable float32 buffer of n_vocab values."""
+        return _copy_row(self.logits(i), out)
+
+    def embeddings(self, int32_t i=-1):
+        """Return the embedding of token `i` of the last batch as a zero-copy `Embeddings` view.
+
+        For contexts with pooling ``none``. Raises IndexError.
+        Lifetime: until the next decode; see `Embeddings`. Wraps ``llama_get_embeddings_ith``.
+        """
+        cdef float *data
+        cdef nat.ContextHandle *handle = self._enter(False)
+        with nogil:
+            data = lib.llama_get_embeddings_ith(handle.ctx, i)
+        handle.leave()
+        if data == NULL:
+            raise IndexError(f"the last batch has no embedding for index {i}")
+        return _new_view(Embeddings, self, data, self._model.n_embd_out)
+
+    def embeddings_seq(self, seq_id):
+        """Return the pooled embedding of a sequence (pooling ``rank``: its n_cls_out scores).
+
+        Raises IndexError when there is none. Lifetime: as `embeddings`.
+        Wraps ``llama_get_embeddings_seq``.
+        """
+        cdef int32_t seq = <int32_t> _integer("seq_id", seq_id, 0, (1 << 31) - 1)
+        cdef float *data
+        self._require_open()
+        self._require_seq(seq)
+        cdef nat.ContextHandle *handle = self._enter(False)
+        with nogil:
+            data = lib.llama_get_embeddings_seq(handle.ctx, seq)
+        handle.leave()
+        if data == NULL:
+            raise IndexError(f"no pooled embedding for sequence {seq}")
+        n = self._model.n_cls_out if self.pooling_type == "rank" else self._model.n_embd_out
+        return _new_view(Embeddings, self, data, n)
+
+    def copy_embeddings(self, out, int32_t i=-1):
+        """Copy the embedding of token `i` into `out`, a writable float32 buffer."""
+        return _copy_row(self.embeddings(i), out)
+
+    def state_get(self, seq_id=None, *, bint partial_only=False):
+        """Return the state of the context, or of one sequence, as bytes.
+
+        `partial_only` saves only what cannot be cut back (sliding window, recurrent state).
+        Raises `StateError`. Wraps ``llama_state_get_data``, ``llama_state_seq_get_data_ext``.
+        """
+        cdef int32_t seq = -1
+        cdef vector[uint8_t] data
+        cdef nat.Status status
+        cdef uint64_t mark = nat.log_mark()
+        if seq_id is not None:
+            self._require_seq(_integer("seq_id", seq_id, 0, (1 << 31) - 1))
+            seq = seq_id
+        elif partial_only:
+            raise ValueError("partial_only needs a seq_id")
+        cdef uint32_t flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial_only else 0
+        cdef nat.ContextHandle *handle = self._enter(False)
+        with nogil:
+            nat.state_get(deref(handle), seq, flags, data, status)
+        handle.leave()
+        if status.kind != nat.STATUS_OK:
+            raise _error(errors.StateError, status, mark, _str(status.message))
+        return PyBytes_FromStringAndSize(<char *> data.data(), data.size())
+
+    def state_set(self, data, seq_id=None, *, bint partial_only=False):
+        """Restore what `state_get` returned, into this context or into sequence `seq_id`.
+
+        Raises `StateError` for data of another model or shape, or damaged data.
+        Wraps ``llama_state_set_data``, ``llama_state_seq_set_data_ext``.
+        """
+        cdef int32_t seq = -1
+        cdef Py_buffer view
+        cdef nat.Status status
+        cdef uint64_t mark = nat.log_mark()
+        if seq_id is not None:
+            self._require_seq(_integer("seq_id", seq_id, 0, (1 << 31) - 1))
+            seq = seq_id
+        elif partial_only:
+            raise ValueError("partial_only needs a seq_id")
+        cdef uint32_t flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial_only else 0
+        cdef nat.ContextHandle *handle = self._enter(True)
+        try:
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            try:
+                with nogil:
+                    nat.state_set(
+                        deref(handle), seq, flags, <uint8_t *> view.buf, view.len, status)
+            finally:
+                PyBuffer_Release(&view)
+        finally:
+            handle.leave()
+        if status.kind != nat.STATUS_OK:
+            raise _error(errors.StateError, status, mark, _str(status.message))
+
+    def state_save(self, path, tokens, seq_id=None):
+        """Write the state (of one sequence) and the `tokens` it stands for to a file.
+
+        Raises `StateError`. Wraps ``llama_state_save_file``, ``llama_state_seq_save_file``.
+        """
+        cdef int32_t seq = -1
+        cdef vector[int32_t] ids
+        cdef string name = _path_bytes(path)
+        cdef nat.Status status
+        cdef uint64_t mark = nat.log_mark()
+        _tokens(tokens, ids)
+        if seq_id is not None:
+            self._require_seq(_integer("seq_id", seq_id, 0, (1 << 31) - 1))
+            seq = seq_id
+        cdef nat.ContextHandle *handle = self._enter(False)
+        with nogil:
+            nat.state_save_file(deref(handle), seq, name, ids, status)
+        handle.leave()
+        if status.kind != nat.STATUS_OK:
+            raise _error(errors.StateError, status, mark, f"cannot save {os.fsdecode(path)}")
+
+    def state_load(self, path, seq_id=None):
+        """Restore what `state_save` wrote; return its tokens as a list of int.
+
+        Raises `StateError`. Wraps ``llama_state_load_file``, ``llama_state_seq_load_file``.
+        """
+        cdef int32_t seq = -1
+        cdef vector[int32_t] ids
+        cdef string name = _path_bytes(path)
+        cdef nat.Status status
+        cdef uint64_t mark = nat.log_mark()
+        if seq_id is not None:
+            self._require_seq(_integer("seq_id", seq_id, 0, (1 << 31) - 1))
+            seq = seq_id
+        cdef nat.ContextHandle *handle = self._enter(True)
+        with nogil:
+            nat.state_load_file(deref(handle), seq, name, ids, status)
+        handle.leave()
+        if status.kind != nat.STATUS_OK:
+            raise _error(errors.StateError, status, mark, f"cannot load {os.fsdecode(path)}")
+        return ids
+
+    def set_adapters(self, adapters):
+        """Use these LoRA adapters: a mapping of `LoraAdapter` to scale; empty removes all.
+
+        Raises `AdapterError`. Wraps ``llama_set_adapters_lora``.
+        """
+        cdef vector[nat.AdapterPtr] pointers
+        cdef vector[float] scales
+        cdef nat.Status status
+        cdef uint64_t mark = nat.log_mark()
+        cdef LoraAdapter adapter
+        for item, scale in adapters.items():
+            adapter = <LoraAdapter?> item
+            adapter._require_open()
+            if adapter._model is not self._model:
+                raise errors.AdapterError("the adapter was loaded for another Model")
+            pointers.push_back(adapter._c_adapter)
+            scales.push_back(_number("scale", scale))
+        cdef nat.ContextHandle *handle = self._enter(True)
+        with nogil:
+            nat.set_adapters(deref(handle), pointers, scales, status)
+        handle.leave()
+        if status.kind != nat.STATUS_OK:
+            raise _error(errors.AdapterError, status, mark, _str(status.message))
+        self._adapters = list(adapters)
+
+    def set_control_vector(self, data, il_start=1, il_end=None):
+        """Apply a control vector: float32 of n_embd values per layer from layer 1; None removes it.
+
+        It acts on layers `il_start` to `il_end`, both included. Raises `AdapterError`.
+        Wraps ``llama_set_adapter_cvec``.
+        """
+        cdef Py_buffer view
+        cdef nat.Status status
+        cdef uint64_t mark = nat.log_mark()
+        cdef int32_t n_embd = self._model.n_embd
+        cdef int32_t last = self._model.n_layer - 1 if il_end is None else il_end
+        cdef int32_t first = il_start
+        cdef nat.ContextHandle *handle = self._enter(True)
+        try:
+            if data is None:
+                nat.set_control_vector(deref(handle), NULL, 0, n_embd, -1, -1, status)
+            else:
+                PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO | PyBUF_FORMAT)
+                try:
+                    if view.format[0] != c"f" or (view.len // 4) % n_embd != 0:
+                        raise errors.AdapterError(
+                            f"a control vector is float32 rows of {n_embd} values")
+                    if not 1 <= first <= last < self._model.n_layer:
+                        raise errors.AdapterError(
+                            f"layers {first}..{last} are outside 1..{self._model.n_layer - 1}")
+                    nat.set_control_vector(
+                        deref(handle), <float *> view.buf, view.len // 4, n_embd, first, last,
+                        status)
+                finally:
+                    PyBuffer_Release(&view)
+        finally:
+            handle.leave()
+        if status.kind != nat.STATUS_OK:
+            raise _error(errors.AdapterError, status, mark, _str(status.message))
+
+    def perf(self):
+        """Return llama.cpp's own counters as a dict: times in ms, counts in tokens.
+
+        Zero while ``no_perf`` is on (llama.cpp's default). Wraps ``llama_perf_context``.
+        """
+        cdef lib.llama_perf_context_data data = lib.llama_perf_context(self._require_open().ctx)
+        return {
+            "t_load_ms": data.t_load_ms, "t_p_eval_ms": data.t_p_eval_ms,
+            "t_eval_ms": data.t_eval_ms, "n_p_eval": data.n_p_eval, "n_eval": data.n_eval,
+            "n_reused": data.n_reused,
+        }
+
+    def perf_reset(self):
+        """Zero the counters. Wraps ``llama_perf_context_reset``."""
+        lib.llama_perf_context_reset(self._require_open().ctx)
+
+
+cdef object _copy_row(_FloatView row, object out):
+    cdef Py_buffer view
+    PyObject_GetBuffer(out, &view, PyBUF_CONTIG_RO | PyBUF_FORMAT | PyBUF_WRITABLE)
+    try:
+        if view.format[0] != c"f" or view.len != row._n * 4:
+            raise ValueError(f"out must be a writable float32 buffer of {row._n} values")
+        memcpy(view.buf, row._data, view.len)
+    finally:
+        PyBuffer_Release(&view)
+    return out

@@ -1,0 +1,267 @@
+cdef tuple _FINISH_NAMES = (
+    None, "eog", "stop_token", "length", "context_full", "error", "cancelled")
+
+
+@cython.final
+cdef class Stepper:
+    """The engine's step over a `Context`: plan, decode, sample and detokenise without the GIL.
+
+    The context's sequences 0..n_seq_max-1 are its slots. `assign` gives a slot a request, `step`
+    advances all slots by one batch and returns the indices of slots with news.
+
+    Thread-safety: as its `Context`.
+    """
+
+    def __cinit__(self, Context context not None):
+        context._require_open()
+        if lib.llama_get_memory(context._c_ctx.get().ctx) == NULL:
+            raise errors.ContextCreateError("this model keeps no memory: it cannot generate")
+        self._c_stepper = new nat.CStepper(context._c_ctx)
+        self._context = context
+        self._samplers = [None] * context._n_seq_max
+
+    def __dealloc__(self):
+        with nogil:
+            del self._c_stepper
+
+    cdef nat.CStepper *_require_open(self) except NULL:
+        self._context._require_open()
+        return self._c_stepper
+
+    cdef int _require_slot(self, int i) except -1:
+        if not 0 <= i < self._c_stepper.n_slots():
+            raise IndexError(i)
+        return 0
+
+    @property
+    def context(self):
+        return self._context
+
+    @property
+    def n_slots(self):
+        """Number of slots: the context's n_seq_max."""
+        return self._require_open().n_slots()
+
+    @property
+    def n_steps(self):
+        """Batches decoded so far."""
+        return self._require_open().n_steps
+
+    @property
+    def n_decoded(self):
+        """Tokens decoded so far, prompts included."""
+        return self._require_open().n_decoded
+
+    @property
+    def decode_us(self):
+        """Microseconds spent in llama.cpp's decode so far, until its output was there."""
+        return self._require_open().decode_us
+
+    @property
+    def sample_us(self):
+        """Microseconds spent on output rows so far: log-probabilities, sampling, detokenising."""
+        return self._require_open().sample_us
+
+    def reusable_prefix(self, int i, tokens):
+        """Return how many leading `tokens` slot `i` already holds and may keep."""
+        cdef nat.CStepper *stepper = self._require_open()
+        cdef vector[int32_t] ids
+        self._require_slot(i)
+        _tokens(tokens, ids)
+        cdef nat.ContextHandle *handle = self._context._enter(False)
+        cdef int32_t n = stepper.reusable_prefix(i, ids)
+        handle.leave()
+        return n
+
+    def assign(self, int i, prompt, *, Sampler sampler, int32_t n_keep, int32_t leader,
+               int32_t max_tokens, int32_t min_tokens, stop_tokens, int32_t n_logprobs,
+               bint prompt_logprobs, bint ignore_eos, bint special, bint emit):
+        """Give slot `i` a request; return how many prompt tokens were kept in memory.
+
+        `sampler` None is greedy; `leader` >= 0 names the slot whose prefill of the same prompt
+        this one copies; `max_tokens` < 0 goes on until the context is full; `n_logprobs` < 0 asks
+        for none; `emit` reports every token instead of the end only.
+        """
+        cdef nat.CStepper *stepper = self._require_open()
+        cdef nat.SlotRequest request
+        cdef nat.Status status
+        cdef uint64_t mark = nat.log_mark()
+        cdef int32_t kept, n_vocab = self._context._model.vocab.n_tokens
+        cdef size_t j
+        self._require_slot(i)
+        if stepper.slot(i).active:
+            raise errors.ContextBusyError(f"slot {i} is running a request")
+        _tokens(prompt, request.prompt)
+        if request.prompt.empty():
+            raise errors.InvalidBatchError("the prompt has no tokens")
+        if request.prompt.size() > lib.llama_n_ctx_seq(self._context._c_ctx.get().ctx):
+            raise errors.ContextLengthError(
+                f"the prompt has {request.prompt.size()} tokens, a sequence holds "
+                f"{self._context.n_ctx_seq}")
+        for j in range(request.prompt.size()):
+            if not 0 <= request.prompt[j] < n_vocab:
+                raise errors.InvalidTokenError(
+                    f"token {request.prompt[j]} is outside the vocabulary (0..{n_vocab - 1})")
+        if not 0 <= n_keep < <int64_t> request.prompt.size():
+            raise ValueError(f"n_keep={n_keep} does not leave a token to decode")
+        _tokens(sorted(stop_tokens), request.stop_tokens)
+        for j in range(request.stop_tokens.size()):
+            if not 0 <= request.stop_tokens[j] < n_vocab:
+                raise errors.InvalidTokenError(
+                    f"stop token {request.stop_tokens[j]} is outside the vocabulary "
+                    f"(0..{n_vocab - 1})")
+        if leader >= 0:
+            self._require_slot(leader)
+            if not stepper.slot(leader).active or leader == i:
+                raise ValueError(f"slot {leader} cannot lead slot {i}")
+        request.n_keep = n_keep
+        request.leader = leader
+        request.max_tokens = max_tokens
+        request.min_tokens = min_tokens
+        request.n_logprobs = min(n_logprobs, n_vocab)
+        request.prompt_logprobs = prompt_logprobs
+        request.ignore_eos = ignore_eos
+        request.special = special
+        request.emit = emit
+        request.sampler = NULL
+        if sampler is not None:
+            request.sampler = sampler._require_open()
+        cdef nat.ContextHandle *handle = self._context._enter(True)
+        try:
+            with nogil:
+                kept = stepper.assign(i, request, status)
+        finally:
+            handle.leave()
+        self._samplers[i] = sampler
+        if status.kind != nat.STATUS_OK:
+            raise _error(errors.SamplerError, status, mark, "the sampler refused the prompt")
+        return kept
+
+    def step(self, int32_t n_tokens_max):
+        """Decode up to `n_tokens_max` tokens and sample; return the slots with news as a list.
+
+        A slot appears for each token when it asked to `emit`, and when it has finished.
+        Raises `KVCacheFullError` (nothing was lost; free a slot and step again), `DecodeAborted`
+        (the next step decodes again what was dropped), `DecodeError`.
+        """
+        cdef nat.CStepper *stepper = self._require_open()
+        cdef nat.Status status
+        cdef uint64_t mark = nat.log_mark()
+        cdef nat.ContextHandle *handle = self._context._enter(True)
+        try:
+            with nogil:
+                stepper.step(n_tokens_max, status)
+        finally:
+            handle.leave()
+        if status.kind == nat.STATUS_OK:
+            return stepper.events
+        if status.kind == nat.STATUS_FAILED and status.code == 1:
+            raise _error(errors.KVCacheFullError, status, mark, "no KV slot for the batch")
+        if status.kind == nat.STATUS_FAILED and status.code == 2:
+            raise _error(errors.DecodeAborted, status, mark, "aborted")
+        raise _error(errors.DecodeError, status, mark,
+                     f"{_str(status.message)} with code {status.code}")
+
+    def release(self, int i):
+        """End slot `i`'s request; what it has in memory stays for reuse."""
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        if stepper.slot(i).active:
+            stepper.release(i, nat.FINISH_CANCELLED)
+        self._samplers[i] = None
+
+    def clear(self, int i):
+        """End slot `i`'s request and remove its sequence from memory."""
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        cdef nat.ContextHandle *handle = self._context._enter(True)
+        try:
+            stepper.clear(i)
+        finally:
+            handle.leave()
+        self._samplers[i] = None
+
+    def is_active(self, int i):
+        """Return True while slot `i` works on a request."""
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        return stepper.slot(i).active
+
+    def progress(self, int i):
+        """Return ``(n_prompt, n_cached, n_past, n_generated)`` of slot `i`, in tokens."""
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        cdef const nat.Slot *slot = &stepper.slot(i)
+        return slot.n_prompt, slot.n_cached, slot.n_past, slot.n_generated()
+
+    def finish(self, int i):
+        """Return why slot `i` ended, and the stop token if one was sampled.
+
+        ``(reason, token)``: reason is None while running, else ``"eog"``, ``"stop_token"``,
+        ``"length"``, ``"context_full"``, ``"error"`` or ``"cancelled"``.
+        """
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        cdef const nat.Slot *slot = &stepper.slot(i)
+        return _FINISH_NAMES[<int> slot.finish], _optional(slot.stop_token)
+
+    def error(self, int i):
+        """Return the message of a slot that ended with ``"error"``."""
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        return _str(stepper.slot(i).error)
+
+    def text(self, int i, Py_ssize_t start):
+        """Return the generated bytes of slot `i` from offset `start` on."""
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        cdef const nat.Slot *slot = &stepper.slot(i)
+        if start >= <Py_ssize_t> slot.text.size():
+            return b""
+        return PyBytes_FromStringAndSize(slot.text.data() + start, slot.text.size() - start)
+
+    def generated(self, int i, int32_t start=0):
+        """Return the generated token ids of slot `i` from the `start`-th on, as a list."""
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        cdef const nat.Slot *slot = &stepper.slot(i)
+        cdef size_t j
+        return [slot.tokens[j] for j in range(slot.n_prompt + start, slot.tokens.size())]
+
+    def text_ends(self, int i):
+        """Return the byte offset after each generated token of slot `i`, as a list."""
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        return stepper.slot(i).text_ends
+
+    def logprobs(self, int i, size_t start=0):
+        """Return ``[(logprob, [(id, logprob), ...]), ...]`` per generated token from `start` on.
+
+        Log-probabilities of the model (natural logarithm), before any sampler stage.
+        """
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        cdef const nat.Slot *slot = &stepper.slot(i)
+        cdef size_t j
+        return [(slot.logprobs[j].logprob, slot.logprobs[j].top)
+                for j in range(start, slot.logprobs.size())]
+
+    def prompt_logprobs(self, int i):
+        """Return the same per prompt token but the first, for requests with `prompt_logprobs`."""
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        cdef const nat.Slot *slot = &stepper.slot(i)
+        cdef size_t j
+        return [(slot.prompt_logprobs[j].logprob, slot.prompt_logprobs[j].top)
+                for j in range(slot.prompt_logprobs.size())]
+
+    def times(self, int i):
+        """Return ``(start, first, last, sample)`` of slot `i` in microseconds.
+
+        `start`, `first` (token) and `last` (token) are readings of `time_us`, 0 when not reached;
+        `sample` is the time spent in sampling.
+        """
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        cdef const nat.Slot *slot = &stepper.slot(i)
+        return slot.start_us, slot.first_us, slot.last_us, slot.sample_us

@@ -1,0 +1,509 @@
+"""The synchronous facade: `Llama`."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, overload
+
+from . import _core, logs
+from .completion import (
+    Completion,
+    CompletionChunk,
+    Logprobs,
+    TokenLogprob,
+    Usage,
+)
+from .engine import Request, Scheduler
+from .engine.request import RawLogprobs, new_seed, token_logprobs
+from .errors import BackendUnavailableError, ClosedError, ContextLengthError, LlamaCrabError
+from .hub import resolve_model
+from .params import LlamaParams, ParameterError
+from .sampling import SamplerChain
+from .timings import CompletionTimings
+from .tuning.probe import default_n_threads
+
+Prompt = str | Sequence[int]
+
+
+class Llama:
+    """A model ready to complete text.
+
+    ``Llama("model.gguf", n_ctx=2048)`` or ``Llama.load(LlamaParams("model.gguf", n_ctx=2048))``;
+    without a model the small demo model is used. Keyword arguments are `LlamaParams` fields.
+
+    Raises `ModelNotFoundError`, `ModelLoadError`, `ContextCreateError`, `ParameterError`.
+    Thread-safety: any thread may call any method; calls that run at the same time share batches,
+    up to ``n_seq_max`` sequences.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | None = None, **fields: Any) -> None:
+        self._open(LlamaParams(model, **fields))
+
+    @classmethod
+    def load(cls, params: LlamaParams) -> Llama:
+        """Load the model that `params` describes."""
+        llama = cls.__new__(cls)
+        llama._open(params)
+        return llama
+
+    def _open(self, params: LlamaParams) -> None:
+        started = time.perf_counter()
+        logs.set_verbose(params.verbose)
+        path = resolve_model(params.model)
+        try:
+            if (params.n_gpu_layers or 0) > 0 and not _core.supports_gpu_offload():
+                raise BackendUnavailableError(
+                    f"n_gpu_layers={params.n_gpu_layers}, but no GPU backend with a device is "
+                    "compiled in (see `llama-crab info`)"
+                )
+            self._model = _core.Model(path, **params.model_params())
+            if not self._model.has_decoder or self._model.has_encoder:
+                raise ParameterError(f"model: {path} is not a text-generating decoder model")
+            self.params = params.resolve(
+                n_ctx_train=self._model.n_ctx_train, n_threads=default_n_threads()
+            )
+            self._context = _core.Context(self._model, **self.params.context_params())
+            self._scheduler = Scheduler(self._context)
+        finally:
+            logs.flush()
+        self._vocab = self._model.vocab
+        self._lock = threading.Lock()
+        self._abandoned: deque[Request] = deque()
+        self._closed = False
+        self._name = path.name
+        self.load_sec = time.perf_counter() - started
+        """Seconds that loading the model and creating the context took."""
+
+    @property
+    def model(self) -> _core.Model:
+        """The core's model: metadata, sizes, vocabulary."""
+        return self._model
+
+    @property
+    def context(self) -> _core.Context:
+        """The core's context. Its memory belongs to the engine: read, do not change it."""
+        return self._context
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens that one request can use, prompt and answer together."""
+        return self._context.n_ctx_seq
+
+    def close(self) -> None:
+        """Free the context and the model; running requests end as cancelled. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._scheduler.cancel_all()
+            self._context.close()
+            self._model.close()
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return f"<Llama {self._name} closed>"
+        return f"<Llama {self._name} {self._model.desc!r} n_ctx={self.n_ctx}>"
+
+    def tokenize(
+        self, text: str, *, add_special: bool = True, parse_special: bool = True
+    ) -> list[int]:
+        """Return the token ids of `text`.
+
+        `add_special` adds BOS/EOS as the model asks; `parse_special` reads special tokens written
+        in the text. Wraps ``llama_tokenize``.
+        """
+        return self._vocab.tokenize(text, add_special, parse_special)
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of `tokens`; `special` renders special tokens.
+
+        Bytes that are no UTF-8 become U+FFFD. Wraps ``llama_detokenize``.
+        """
+        return self._vocab.detokenize(tokens, False, special).decode("utf-8", "replace")
+
+    @overload
+    def create_completion(
+        self, prompt: Prompt, max_tokens: int | None = ..., *, stream: Literal[False] = ...,
+        **options: Any,
+    ) -> Completion: ...
+
+    @overload
+    def create_completion(
+        self, prompt: Prompt, max_tokens: int | None = ..., *, stream: Literal[True],
+        **options: Any,
+    ) -> CompletionStream: ...
+
+    def create_completion(
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = 128,
+        *,
+        stream: bool = False,
+        sampler: SamplerChain | None = None,
+        seed: int | None = None,
+        stop: str | Iterable[str] = (),
+        stop_tokens: Iterable[int] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        ignore_eos: bool = False,
+        n: int = 1,
+        best_of: int | None = None,
+        logprobs: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        echo: bool = False,
+        suffix: str | None = None,
+        special: bool = False,
+        cache_prompt: bool = True,
+        callback: Callable[[CompletionChunk], object] | None = None,
+    ) -> Completion | CompletionStream:
+        """Continue `prompt` (text, or token ids) by up to `max_tokens` tokens.
+
+        Parameters
+        ----------
+        prompt
+            Text is tokenised with BOS and special tokens as the model asks; ids are taken as is.
+        max_tokens
+            None goes on until the model ends or the context is full; 0 evaluates the prompt only.
+        stream
+            Return a `CompletionStream` of `CompletionChunk` instead of a `Completion`.
+        sampler
+            How tokens are chosen; default: the params' sampler, else llama.cpp's default chain.
+        seed
+            Random seed in [0, 2**32 - 2]; default: a new one, reported as ``completion.seed``.
+            A stage's own seed wins; choice i uses seed + i.
+        stop, stop_tokens, include_stop
+            Strings (also across token borders) and token ids that end the answer. The stop string
+            is left out of the text unless `include_stop`.
+        min_tokens
+            Tokens before which neither the model nor a stop token may end the answer.
+        ignore_eos
+            Never sample a token that ends the generation.
+        n, best_of
+            Answers to return, and to generate; the best by mean log-probability are returned. All
+            share one prefill.
+        logprobs
+            Report each token's log-probability under the model (before any sampler stage), and
+            those of the `logprobs` most probable tokens.
+        logit_bias
+            Added to the logits of these token ids; ``-inf`` bans one.
+        echo
+            Put the prompt in front of the text; with `logprobs`, its log-probabilities too.
+        suffix
+            Text after the gap (fill in the middle); needs a model with FIM tokens.
+        special
+            Render control tokens in the text.
+        cache_prompt
+            Reuse what an earlier request with the same beginning left in memory.
+        callback
+            Called with each chunk; return False to end the request as ``"cancelled"``.
+
+        Raises `ContextLengthError` for a prompt that does not fit, `ParameterError` and
+        `InvalidTokenError` for wrong values, `GrammarError`, `SamplerError`, `DecodeError`.
+        ``KeyboardInterrupt`` ends the request within one step and leaves the object usable.
+        """
+        tokens, echo_text = self._prompt_tokens(prompt, suffix)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        self._check(n, best_of, stream, logprobs, max_tokens, min_tokens, stops)
+        chosen = sampler if sampler is not None else self.params.sampler
+        if seed is None:
+            seed = self.params.seed
+        request = Request(
+            prompt=tokens,
+            sampler=SamplerChain.default() if chosen is None else chosen,
+            seed=new_seed() if seed is None else seed,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            n=n,
+            best_of=n if best_of is None else best_of,
+            stop=stops,
+            stop_tokens=tuple(stop_tokens),
+            include_stop=include_stop,
+            ignore_eos=ignore_eos,
+            special=special,
+            logit_bias=logit_bias,
+            logprobs=logprobs,
+            prompt_logprobs=echo and logprobs is not None,
+            stream=stream or callback is not None,
+            cache_prompt=cache_prompt,
+        )
+        job = CompletionStream(self, request, echo_text if echo else "")
+        if stream:
+            return job
+        with job:
+            for chunk in job:
+                if callback is not None and callback(chunk) is False:
+                    job.close()
+            return job.result()
+
+    def _prompt_tokens(self, prompt: Prompt, suffix: str | None) -> tuple[list[int], str]:
+        """Return the ids and the text to echo."""
+        if isinstance(prompt, str):
+            tokens, text = self.tokenize(prompt), prompt
+        elif isinstance(prompt, (bytes, bytearray)):
+            raise ParameterError("prompt: expected text or token ids, not bytes")
+        else:
+            tokens = [int(token) for token in prompt]
+            text = "" if not tokens else self.detokenize(tokens, special=True)
+        if suffix is not None:
+            vocab = self._vocab
+            if vocab.fim_pre is None or vocab.fim_suf is None or vocab.fim_mid is None:
+                raise ParameterError("suffix: the model has no fill-in-the-middle tokens")
+            after = self.tokenize(suffix, add_special=False, parse_special=False)
+            tokens = [vocab.fim_pre, *tokens, vocab.fim_suf, *after, vocab.fim_mid]
+        if not tokens:
+            # As llama.cpp's own programs do: something must be decoded.
+            if self._vocab.bos is None:
+                raise ParameterError("prompt: it has no tokens, and the model has no BOS token")
+            tokens = [self._vocab.bos]
+        if len(tokens) > self.n_ctx:
+            raise ContextLengthError(
+                f"the prompt has {len(tokens)} tokens, a request can use {self.n_ctx} (n_ctx)"
+            )
+        return tokens, text
+
+    @staticmethod
+    def _check(
+        n: int, best_of: int | None, stream: bool, logprobs: int | None,
+        max_tokens: int | None, min_tokens: int, stops: tuple[str, ...],
+    ) -> None:
+        if n < 1:
+            raise ParameterError(f"n: {n} is less than 1")
+        if best_of is not None and best_of < n:
+            raise ParameterError(f"best_of: {best_of} is less than n {n}")
+        if stream and best_of is not None and best_of > n:
+            raise ParameterError("best_of: cannot be streamed; the best is known at the end")
+        if logprobs is not None and logprobs < 0:
+            raise ParameterError(f"logprobs: {logprobs} is less than 0")
+        if max_tokens is not None and max_tokens < 0:
+            raise ParameterError(f"max_tokens: {max_tokens} is less than 0; None means no limit")
+        if min_tokens < 0 or (max_tokens is not None and min_tokens > max_tokens):
+            raise ParameterError(f"min_tokens: {min_tokens} is not in 0..max_tokens")
+        if not all(isinstance(stop, str) and stop for stop in stops):
+            raise ParameterError("stop: expected non-empty strings")
+
+    def _submit(self, request: Request) -> None:
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the Llama is closed")
+            self._scheduler.submit(request)
+
+    def _step(self, request: Request) -> None:
+        """Advance the engine once, unless another thread has brought the request on meanwhile."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the Llama is closed")
+            while self._abandoned:
+                self._scheduler.cancel(self._abandoned.popleft())
+            if not request.done and not request.news:
+                self._scheduler.step()
+
+    def _live_prompt_logprobs(self, slot: int | None) -> list[RawLogprobs]:
+        with self._lock:
+            return [] if slot is None else self._scheduler.stepper.prompt_logprobs(slot)
+
+    def _cancel(self, request: Request) -> None:
+        with self._lock:
+            if not self._closed:
+                self._scheduler.cancel(request)
+
+
+class CompletionStream(Iterator[CompletionChunk]):
+    """The chunks of one request as they are generated; also a context manager.
+
+    Closing it (or dropping it) before its end cancels the request. `result` gives the whole
+    `Completion` once it has ended.
+
+    Thread-safety: one thread at a time.
+    """
+
+    def __init__(self, llama: Llama, request: Request, echo: str) -> None:
+        self._llama = llama
+        self._request = request
+        self._echo = echo
+        self._created = int(time.time())
+        self._n_ended = 0
+        self._offsets: dict[int, int] = {}
+        llama._submit(request)
+
+    @property
+    def id(self) -> str:
+        """The request's id, the same in all chunks."""
+        return self._request.id
+
+    @property
+    def seed(self) -> int:
+        """The seed in use."""
+        return self._request.seed
+
+    def __iter__(self) -> CompletionStream:
+        return self
+
+    def __next__(self) -> CompletionChunk:
+        request = self._request
+        try:
+            while not request.news:
+                if request.done:
+                    if request.error is not None:
+                        raise request.error
+                    raise StopIteration
+                self._llama._step(request)
+        except (StopIteration, LlamaCrabError):
+            raise
+        except BaseException:
+            self.close()
+            raise
+        return self._chunk()
+
+    def close(self) -> None:
+        """Cancel the request if it has not ended."""
+        if not self._request.done:
+            self._llama._cancel(self._request)
+
+    def __enter__(self) -> CompletionStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # An abandoned iterator must not keep its sequence running. The collector may run this
+        # inside any call, so it takes no lock: the next step cancels.
+        if hasattr(self, "_request") and not self._request.done:
+            self._llama._abandoned.append(self._request)
+
+    def result(self) -> Completion:
+        """Return everything as one `Completion`, running the request to its end first."""
+        for _ in self:
+            pass
+        request = self._request
+        if request.error is not None:
+            raise request.error
+        chosen = request.sequences
+        if request.best_of > request.n:
+            ranked = sorted(chosen, key=lambda sequence: -sequence.mean_logprob)
+            chosen = ranked[: request.n]
+        return Completion(
+            id=request.id,
+            created=self._created,
+            model=self._llama._name,
+            choices=tuple(
+                sequence.choice(
+                    i,
+                    self._echo,
+                    self._logprobs(sequence.tokens, sequence.logprobs, with_prompt=True),
+                )
+                for i, sequence in enumerate(chosen)
+            ),
+            usage=self._usage(),
+            timings=self._timings(),
+            seed=request.seed,
+        )
+
+    def _chunk(self) -> CompletionChunk:
+        request = self._request
+        news = request.news.popleft()
+        index = news.sequence.index
+        first = index not in self._offsets
+        offset = self._offsets.setdefault(index, len(self._echo))
+        logprobs = self._logprobs(news.tokens, news.logprobs, start=offset, with_prompt=first)
+        text = self._echo + news.text if first else news.text
+        self._offsets[index] = offset + len(news.text)
+        self._n_ended += news.last
+        whole = news.last and self._n_ended == len(request.sequences)
+        return CompletionChunk(
+            text=text,
+            index=index,
+            tokens=news.tokens,
+            finish_reason=news.sequence.finish_reason if news.last else None,
+            stop_reason=news.sequence.stop_reason if news.last else None,
+            logprobs=logprobs,
+            usage=self._usage() if whole else None,
+            timings=self._timings() if whole else None,
+            id=request.id,
+            created=self._created,
+            model=self._llama._name,
+        )
+
+    def _logprobs(
+        self,
+        tokens: Sequence[int],
+        raw: list[RawLogprobs],
+        *,
+        start: int | None = None,
+        with_prompt: bool,
+    ) -> Logprobs | None:
+        request = self._request
+        if request.logprobs is None:
+            return None
+        entries: list[TokenLogprob] = []
+        begin = len(self._echo) if start is None else start
+        if with_prompt and request.prompt_logprobs:
+            begin = 0
+            head = request.prompt[0]
+            entries.append(TokenLogprob.from_piece(head, self._piece(head), None))
+            entries += token_logprobs(
+                request.prompt[1:], self._prompt_logprobs(), self._piece
+            )
+        entries += token_logprobs(list(tokens), raw, self._piece)
+        return Logprobs.from_tokens(entries, begin)
+
+    def _prompt_logprobs(self) -> list[RawLogprobs]:
+        """The prompt's, from the sequence that prefilled it."""
+        for sequence in self._request.sequences:
+            found = sequence.prompt_logprobs or self._llama._live_prompt_logprobs(sequence.slot)
+            if found:
+                return found
+        return []
+
+    def _piece(self, token: int) -> bytes:
+        return self._llama._vocab.piece(token, True)
+
+    def _usage(self) -> Usage:
+        request = self._request
+        n_generated = sum(len(sequence.tokens) for sequence in request.sequences)
+        return Usage(
+            prompt_tokens=len(request.prompt),
+            completion_tokens=n_generated,
+            total_tokens=len(request.prompt) + n_generated,
+            cached_tokens=request.sequences[0].n_cached,
+        )
+
+    def _timings(self) -> CompletionTimings:
+        request = self._request
+        ran = [sequence for sequence in request.sequences if sequence.times[0]]
+        firsts = [sequence.times[1] for sequence in ran if sequence.times[1]]
+        first_us = min(firsts, default=0)
+        last_us = max((sequence.times[2] for sequence in ran), default=0)
+        start_us = min((sequence.times[0] for sequence in ran), default=0)
+        return CompletionTimings(
+            prompt_n=len(request.prompt),
+            prompt_sec=((first_us or request.end_us) - start_us) / 1e6 if start_us else 0.0,
+            predicted_n=sum(len(sequence.tokens) for sequence in request.sequences),
+            predicted_sec=(last_us - first_us) / 1e6,
+            total_sec=(request.end_us - request.submit_us) / 1e6,
+            cached_n=request.sequences[0].n_cached,
+            first_token_sec=(first_us - request.submit_us) / 1e6 if first_us else 0.0,
+            sample_sec=sum(sequence.times[3] for sequence in ran) / 1e6,
+            load_sec=self._llama.load_sec,
+        )

@@ -1,0 +1,309 @@
+#include "handles.h"
+
+#include <cstdio>
+#include <cstring>
+
+#include "ggml-cpu.h"
+
+namespace llama_crab {
+
+std::atomic<int> fork_generation{0};
+LiveCounts       live;
+
+ModelHandle::ModelHandle(llama_model * model_) : model(model_), generation(fork_generation) {
+    ++live.models;
+}
+
+ModelHandle::~ModelHandle() {
+    --live.models;
+    if (generation == fork_generation) {
+        llama_model_free(model);
+    }
+}
+
+ModelPtr load_model(const std::vector<std::string> & paths, llama_model_params params,
+                    Status & status) noexcept {
+    ModelPtr result;
+    guarded(status, [&] {
+        std::vector<const char *> names;
+        for (const std::string & path : paths) {
+            names.push_back(path.c_str());
+        }
+        llama_model * model = names.size() == 1
+            ? llama_model_load_from_file(names[0], params)
+            : llama_model_load_from_splits(names.data(), names.size(), params);
+        if (model == nullptr) {
+            status.set(Status::failed, "llama.cpp could not load the model");
+            return;
+        }
+        result = std::make_shared<ModelHandle>(model);
+    });
+    return result;
+}
+
+void save_model(const ModelHandle & model, const std::string & path, Status & status) noexcept {
+    guarded(status, [&] { llama_model_save_to_file(model.model, path.c_str()); });
+}
+
+namespace {
+
+bool on_abort_poll(void * data) {
+    return static_cast<ContextHandle *>(data)->abort_requested();
+}
+
+}  // namespace
+
+ContextHandle::ContextHandle(ModelPtr model_, llama_context * ctx_)
+    : model(std::move(model_)), ctx(ctx_), generation(fork_generation) {
+    ++live.contexts;
+    llama_set_abort_callback(ctx, on_abort_poll, this);
+}
+
+ContextHandle::~ContextHandle() {
+    --live.contexts;
+    if (generation == fork_generation) {
+        llama_free(ctx);
+        free_threadpools();
+    }
+}
+
+void ContextHandle::free_threadpools() {
+    if (threadpool_batch_ != nullptr) {
+        ggml_threadpool_free(threadpool_batch_);
+        threadpool_batch_ = nullptr;
+    }
+    if (threadpool_ != nullptr) {
+        ggml_threadpool_free(threadpool_);
+        threadpool_ = nullptr;
+    }
+}
+
+void ContextHandle::set_threads(int32_t n_threads, int32_t n_threads_batch) {
+    llama_detach_threadpool(ctx);
+    free_threadpools();
+    llama_set_n_threads(ctx, n_threads, n_threads_batch);
+
+    ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
+    threadpool_ = ggml_threadpool_new(&params);
+    if (n_threads_batch != n_threads) {
+        // Only one of the two computes at a time; a paused pool does not spin.
+        ggml_threadpool_params batch_params = ggml_threadpool_params_default(n_threads_batch);
+        batch_params.paused = true;
+        threadpool_batch_ = ggml_threadpool_new(&batch_params);
+    }
+    llama_attach_threadpool(ctx, threadpool_,
+                            threadpool_batch_ != nullptr ? threadpool_batch_ : threadpool_);
+}
+
+ContextPtr create_context(ModelPtr model, llama_context_params params, Status & status) noexcept {
+    ContextPtr result;
+    guarded(status, [&] {
+        llama_context * ctx = llama_init_from_model(model->model, params);
+        if (ctx == nullptr) {
+            status.set(Status::failed, "llama.cpp could not create the context");
+            return;
+        }
+        result = std::make_shared<ContextHandle>(std::move(model), ctx);
+        result->n_outputs_max = params.n_outputs_max != 0
+            ? (int32_t) params.n_outputs_max : (int32_t) llama_n_batch(ctx);
+        result->set_threads(params.n_threads, params.n_threads_batch);
+    });
+    return result;
+}
+
+void run_batch(ContextHandle & handle, const llama_batch & batch, bool encode,
+               Status & status) noexcept {
+    handle.next_epoch();
+    guarded(status, [&] {
+        const int32_t code = encode ? llama_encode(handle.ctx, batch) : llama_decode(handle.ctx, batch);
+        if (code == 2) {
+            // The request is spent on the call that it stopped.
+            handle.clear_abort();
+        }
+        if (code != 0) {
+            status.set(Status::failed, encode ? "llama_encode failed" : "llama_decode failed", code);
+        }
+    });
+    if (status.kind == Status::asserted) {
+        handle.broken = true;
+    }
+}
+
+void state_get(ContextHandle & handle, int32_t seq_id, uint32_t flags, std::vector<uint8_t> & out,
+               Status & status) noexcept {
+    guarded(status, [&] {
+        size_t written = 0;
+        if (seq_id < 0) {
+            out.resize(llama_state_get_size(handle.ctx));
+            written = llama_state_get_data(handle.ctx, out.data(), out.size());
+        } else {
+            out.resize(llama_state_seq_get_size_ext(handle.ctx, seq_id, flags));
+            written = llama_state_seq_get_data_ext(handle.ctx, out.data(), out.size(), seq_id, flags);
+        }
+        if (written == 0) {
+            status.set(Status::failed, "llama.cpp could not write the state");
+            return;
+        }
+        out.resize(written);
+    });
+}
+
+void state_set(ContextHandle & handle, int32_t seq_id, uint32_t flags, const uint8_t * data,
+               size_t size, Status & status) noexcept {
+    handle.next_epoch();
+    guarded(status, [&] {
+        const size_t read = seq_id < 0
+            ? llama_state_set_data(handle.ctx, data, size)
+            : llama_state_seq_set_data_ext(handle.ctx, data, size, seq_id, flags);
+        if (read == 0) {
+            status.set(Status::failed, "llama.cpp could not read the state");
+        }
+    });
+}
+
+void state_save_file(ContextHandle & handle, int32_t seq_id, const std::string & path,
+                     const std::vector<llama_token> & tokens, Status & status) noexcept {
+    guarded(status, [&] {
+        const bool ok = seq_id < 0
+            ? llama_state_save_file(handle.ctx, path.c_str(), tokens.data(), tokens.size())
+            : llama_state_seq_save_file(handle.ctx, path.c_str(), seq_id, tokens.data(),
+                                        tokens.size()) != 0;
+        if (!ok) {
+            status.set(Status::failed, "llama.cpp could not write the state file");
+        }
+    });
+}
+
+namespace {
+
+// Both file formats begin with magic, version and the token count; the count is checked against
+// the file's size here because llama.cpp trusts it.
+size_t token_count_of(const std::string & path) {
+    std::FILE * file = std::fopen(path.c_str(), "rb");
+    if (file == nullptr) {
+        throw std::runtime_error("cannot open " + path);
+    }
+    uint32_t header[3] = {0, 0, 0};
+    const size_t n = std::fread(header, sizeof(uint32_t), 3, file);
+    std::fseek(file, 0, SEEK_END);
+    const long size = std::ftell(file);
+    std::fclose(file);
+    if (n != 3 || size < 0 || (uint64_t) size < sizeof(header) + uint64_t(header[2]) * sizeof(llama_token)) {
+        throw std::runtime_error("the state file is truncated");
+    }
+    return header[2];
+}
+
+}  // namespace
+
+void state_load_file(ContextHandle & handle, int32_t seq_id, const std::string & path,
+                     std::vector<llama_token> & tokens, Status & status) noexcept {
+    handle.next_epoch();
+    guarded(status, [&] {
+        // One spare: llama.cpp reads a null output as a question for the count.
+        tokens.resize(token_count_of(path) + 1);
+        size_t n_tokens = 0;
+        const bool ok = seq_id < 0
+            ? llama_state_load_file(handle.ctx, path.c_str(), tokens.data(), tokens.size(), &n_tokens)
+            : llama_state_seq_load_file(handle.ctx, path.c_str(), seq_id, tokens.data(),
+                                        tokens.size(), &n_tokens) != 0;
+        if (!ok) {
+            status.set(Status::failed, "llama.cpp could not read the state file");
+            return;
+        }
+        tokens.resize(n_tokens);
+    });
+}
+
+AdapterHandle::AdapterHandle(ModelPtr model_, llama_adapter_lora * adapter_)
+    : model(std::move(model_)), adapter(adapter_), generation(fork_generation) {
+    ++live.adapters;
+}
+
+AdapterHandle::~AdapterHandle() {
+    --live.adapters;
+    if (generation == fork_generation) {
+        llama_adapter_lora_free(adapter);
+    }
+}
+
+AdapterPtr load_adapter(ModelPtr model, const std::string & path, Status & status) noexcept {
+    AdapterPtr result;
+    guarded(status, [&] {
+        llama_adapter_lora * adapter = llama_adapter_lora_init(model->model, path.c_str());
+        if (adapter == nullptr) {
+            status.set(Status::failed, "llama.cpp could not load the adapter");
+            return;
+        }
+        result = std::make_shared<AdapterHandle>(std::move(model), adapter);
+    });
+    return result;
+}
+
+void set_adapters(ContextHandle & handle, const std::vector<AdapterPtr> & adapters,
+                  std::vector<float> scales, Status & status) noexcept {
+    guarded(status, [&] {
+        std::vector<llama_adapter_lora *> raw;
+        for (const AdapterPtr & adapter : adapters) {
+            raw.push_back(adapter->adapter);
+        }
+        if (llama_set_adapters_lora(handle.ctx, raw.data(), raw.size(), scales.data()) != 0) {
+            status.set(Status::failed, "llama.cpp could not apply the adapters");
+        }
+    });
+}
+
+void set_control_vector(ContextHandle & handle, const float * data, size_t len, int32_t n_embd,
+                        int32_t il_start, int32_t il_end, Status & status) noexcept {
+    guarded(status, [&] {
+        if (llama_set_adapter_cvec(handle.ctx, data, len, n_embd, il_start, il_end) != 0) {
+            status.set(Status::failed, "llama.cpp could not apply the control vector");
+        }
+    });
+}
+
+void tokenize(const llama_vocab * vocab, const char * text, size_t len, bool add_special,
+              bool parse_special, std::vector<llama_token> & out, Status & status) noexcept {
+    guarded(status, [&] {
+        if (len > (size_t) INT32_MAX) {
+            status.set(Status::failed, "the text is longer than 2 GiB");
+            return;
+        }
+        // Most texts have fewer tokens than bytes; the second call is for the rest.
+        out.resize(len / 2 + 16);
+        int32_t n = llama_tokenize(vocab, text, (int32_t) len, out.data(), (int32_t) out.size(),
+                                   add_special, parse_special);
+        if (n < 0 && n != INT32_MIN) {
+            out.resize((size_t) -(int64_t) n);
+            n = llama_tokenize(vocab, text, (int32_t) len, out.data(), (int32_t) out.size(),
+                               add_special, parse_special);
+        }
+        if (n < 0) {
+            status.set(Status::failed, "the text has too many tokens");
+            return;
+        }
+        out.resize((size_t) n);
+    });
+}
+
+void detokenize(const llama_vocab * vocab, const std::vector<llama_token> & tokens,
+                bool remove_special, bool unparse_special, std::string & out,
+                Status & status) noexcept {
+    guarded(status, [&] {
+        out.resize(tokens.size() * 8 + 16);
+        int32_t n = llama_detokenize(vocab, tokens.data(), (int32_t) tokens.size(), &out[0],
+                                     (int32_t) out.size(), remove_special, unparse_special);
+        if (n < 0) {
+            out.resize((size_t) -(int64_t) n);
+            n = llama_detokenize(vocab, tokens.data(), (int32_t) tokens.size(), &out[0],
+                                 (int32_t) out.size(), remove_special, unparse_special);
+        }
+        if (n < 0) {
+            status.set(Status::failed, "the tokens cannot be turned into text");
+            return;
+        }
+        out.resize((size_t) n);
+    });
+}
+
+}  // namespace llama_crab

@@ -1,0 +1,330 @@
+#include "stepper.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "logits_row.h"
+
+namespace llama_crab {
+
+Stepper::Stepper(ContextPtr context)
+    : context_(std::move(context)),
+      vocab_(llama_model_get_vocab(context_->model->model)),
+      memory_(llama_get_memory(context_->ctx)),
+      n_vocab_(llama_vocab_n_tokens(vocab_)),
+      n_batch_((int32_t) llama_n_batch(context_->ctx)),
+      n_ctx_seq_((int32_t) llama_n_ctx_seq(context_->ctx)),
+      n_swa_(llama_model_n_swa(context_->model->model)),
+      recurrent_(llama_model_is_recurrent(context_->model->model) ||
+                 llama_model_is_hybrid(context_->model->model)),
+      batch_(llama_batch_init(n_batch_, 0, 1)),
+      slots_((size_t) llama_n_seq_max(context_->ctx)),
+      added_(slots_.size(), 0) {
+    for (llama_token id = 0; id < n_vocab_; ++id) {
+        if (llama_vocab_is_eog(vocab_, id)) {
+            eog_tokens_.push_back(id);
+        }
+    }
+    ++live.steppers;
+}
+
+Stepper::~Stepper() {
+    --live.steppers;
+    llama_batch_free(batch_);
+}
+
+int32_t Stepper::reusable_prefix(int32_t i, const std::vector<llama_token> & tokens) const {
+    const Slot & slot = slots_[(size_t) i];
+    if (slot.active || tokens.empty()) {
+        return 0;
+    }
+    // The last prompt token is always decoded: its logits are needed.
+    const int32_t limit = std::min(slot.n_past, (int32_t) tokens.size() - 1);
+    int32_t n = 0;
+    while (n < limit && slot.tokens[(size_t) n] == tokens[(size_t) n]) {
+        ++n;
+    }
+    if (n == 0 || n == slot.n_past) {
+        return n;
+    }
+    // Part of the sequence must go. A recurrent state cannot be cut, and a sliding window may have
+    // dropped cells that the shorter prefix still attends to (llama_memory_seq_rm does not say so).
+    if (recurrent_) {
+        return 0;
+    }
+    if (llama_memory_seq_pos_min(memory_, i) > std::max(0, n - n_swa_)) {
+        return 0;
+    }
+    return n;
+}
+
+int32_t Stepper::assign(int32_t i, SlotRequest request, Status & status) {
+    Slot fresh;
+    fresh.tokens.reserve(request.prompt.size() +
+                         (size_t) std::max(0, std::min(request.max_tokens, n_ctx_seq_)));
+    fresh.tokens.assign(request.prompt.begin(), request.prompt.end());
+    int32_t n_keep = request.leader >= 0 ? 0 : request.n_keep;
+    guarded(status, [&] {
+        if (slots_[(size_t) i].n_past > n_keep && !llama_memory_seq_rm(memory_, i, n_keep, -1)) {
+            n_keep = 0;
+        }
+        if (n_keep == 0) {
+            llama_memory_seq_rm(memory_, i, -1, -1);
+        }
+    });
+    fresh.active   = true;
+    fresh.n_prompt = (int32_t) fresh.tokens.size();
+    fresh.n_past   = n_keep;
+    fresh.n_cached = n_keep;
+    fresh.order    = next_order_++;
+    fresh.start_us = llama_time_us();
+    if (request.sampler != nullptr) {
+        accept_prompt(request.sampler, fresh.tokens.data(), fresh.tokens.size(), status);
+    }
+    fresh.request = std::move(request);
+    fresh.request.prompt.clear();
+    slots_[(size_t) i] = std::move(fresh);
+    return n_keep;
+}
+
+void Stepper::add_token(int32_t i, bool output) {
+    Slot & slot = slots_[(size_t) i];
+    const int32_t at  = batch_.n_tokens++;
+    const int32_t pos = slot.n_past + added_[(size_t) i]++;
+    batch_.token[at]     = slot.tokens[(size_t) pos];
+    batch_.pos[at]       = pos;
+    batch_.n_seq_id[at]  = 1;
+    batch_.seq_id[at][0] = i;
+    batch_.logits[at]    = output ? 1 : 0;
+    if (output) {
+        rows_.push_back({i, at, pos + 1});
+    }
+}
+
+void Stepper::plan(int32_t n_tokens_max) {
+    batch_.n_tokens = 0;
+    rows_.clear();
+    std::fill(added_.begin(), added_.end(), 0);
+    const int32_t budget = std::min(n_tokens_max, n_batch_);
+
+    plan_order_.clear();
+    for (int32_t i = 0; i < n_slots(); ++i) {
+        Slot & slot = slots_[(size_t) i];
+        if (!slot.active || slot.request.leader >= 0) {
+            continue;
+        }
+        if (slot.decoding()) {
+            // Sequences that generate come first: a prompt must not stall them.
+            if (batch_.n_tokens < budget && (int32_t) rows_.size() < context_->n_outputs_max) {
+                add_token(i, true);
+            }
+        } else {
+            plan_order_.push_back(i);
+        }
+    }
+    std::sort(plan_order_.begin(), plan_order_.end(), [&](int32_t a, int32_t b) {
+        return slots_[(size_t) a].order < slots_[(size_t) b].order;
+    });
+    for (int32_t i : plan_order_) {
+        const Slot & slot = slots_[(size_t) i];
+        for (int32_t left = slot.n_waiting(); left > 0 && batch_.n_tokens < budget; --left) {
+            const int32_t pos    = slot.n_past + added_[(size_t) i];
+            const bool    output = left == 1 || (slot.request.prompt_logprobs && pos < slot.n_prompt);
+            if (output && (int32_t) rows_.size() >= context_->n_outputs_max) {
+                break;
+            }
+            add_token(i, output);
+        }
+    }
+}
+
+// A failed or aborted ubatch drops every sequence in it from its first position there, so what is
+// in memory is asked, not assumed. The dropped tokens are decoded again by the next plan.
+void Stepper::resync() {
+    for (int32_t i = 0; i < n_slots(); ++i) {
+        Slot & slot = slots_[(size_t) i];
+        const int32_t n_in_memory = llama_memory_seq_pos_max(memory_, i) + 1;
+        slot.n_past = std::min((int32_t) slot.tokens.size(), n_in_memory);
+    }
+}
+
+void Stepper::step(int32_t n_tokens_max, Status & status) {
+    events.clear();
+    plan(n_tokens_max);
+    if (batch_.n_tokens == 0) {
+        return;
+    }
+    const int64_t begin_us = llama_time_us();
+    run_batch(*context_, batch_, false, status);
+    if (status.kind != Status::ok) {
+        if (!context_->broken && status.code != 1) {
+            resync();
+        }
+        return;
+    }
+    ++n_steps;
+    n_decoded += batch_.n_tokens;
+    for (size_t i = 0; i < slots_.size(); ++i) {
+        slots_[i].n_past += added_[i];
+    }
+    guarded(status, [&] {
+        // The device works asynchronously until its output is asked for.
+        llama_synchronize(context_->ctx);
+        const int64_t decoded_us = llama_time_us();
+        decode_us += decoded_us - begin_us;
+        for (const Row & row : rows_) {
+            Slot & slot = slots_[(size_t) row.slot];
+            const float * logits = llama_get_logits_ith(context_->ctx, row.index);
+            if (logits == nullptr) {
+                slot.error = "llama.cpp returned no logits";
+                finish(row.slot, Finish::error);
+            } else if (row.target < (int32_t) slot.tokens.size()) {
+                slot.prompt_logprobs.push_back(logprobs_of(
+                    logits, slot.tokens[(size_t) row.target], slot.request.n_logprobs));
+            } else {
+                // Followers first: their copy must hold the prompt alone.
+                start_followers(row.slot, logits);
+                sample_row(row.slot, logits);
+            }
+        }
+        sample_us += llama_time_us() - decoded_us;
+    });
+}
+
+void Stepper::start_followers(int32_t leader, const float * row) {
+    for (int32_t i = 0; i < n_slots(); ++i) {
+        Slot & slot = slots_[(size_t) i];
+        if (!slot.active || slot.request.leader != leader) {
+            continue;
+        }
+        llama_memory_seq_cp(memory_, leader, i, -1, -1);
+        slot.request.leader = -1;
+        slot.n_past         = slot.n_prompt;
+        slot.n_cached       = slot.n_prompt;
+        sample_row(i, row);
+    }
+}
+
+TokenLogprobs Stepper::logprobs_of(const float * row, llama_token token, int32_t n_top) {
+    TokenLogprobs result;
+    const RowMax best = row_max(row, n_vocab_);
+    const float  lse  = row_log_sum_exp(row, n_vocab_, best.value);
+    row_top_k(row, n_vocab_, n_top, result.top);
+    for (auto & entry : result.top) {
+        entry.second -= lse;
+    }
+    result.logprob = row[token] - lse;
+    return result;
+}
+
+void Stepper::sample_row(int32_t i, const float * row) {
+    Slot & slot = slots_[(size_t) i];
+    if (slot.request.max_tokens == 0) {
+        finish(i, Finish::length);  // the prompt alone was asked for
+        return;
+    }
+    const int64_t begin_us = llama_time_us();
+    // Below min_tokens nothing may end the answer. The row belongs to the context and other slots
+    // may share it, so what is masked is put back.
+    const bool masked = slot.n_generated() < slot.request.min_tokens || slot.request.ignore_eos;
+    float * logits = const_cast<float *>(row);
+    saved_logits_.clear();
+    const auto mask = [&](llama_token token) {
+        saved_logits_.push_back(logits[token]);
+        logits[token] = -std::numeric_limits<float>::infinity();
+    };
+    const auto unmask = [&](const std::vector<llama_token> & tokens, size_t from) {
+        for (size_t j = tokens.size(); j-- > 0;) {
+            logits[tokens[j]] = saved_logits_[from + j];
+        }
+    };
+    const bool mask_stops = slot.n_generated() < slot.request.min_tokens;
+    if (masked) {
+        std::for_each(eog_tokens_.begin(), eog_tokens_.end(), mask);
+        if (mask_stops) {
+            std::for_each(slot.request.stop_tokens.begin(), slot.request.stop_tokens.end(), mask);
+        }
+    }
+    Status status;
+    const llama_token token = sampler_.sample(slot.request.sampler, row, n_vocab_, status);
+    if (masked) {
+        if (mask_stops) {
+            unmask(slot.request.stop_tokens, eog_tokens_.size());
+        }
+        unmask(eog_tokens_, 0);
+    }
+    if (token == LLAMA_TOKEN_NULL) {
+        slot.error = status.message;
+        finish(i, Finish::error);
+        return;
+    }
+    if (slot.request.n_logprobs >= 0) {
+        slot.logprobs.push_back(logprobs_of(row, token, slot.request.n_logprobs));
+    }
+    slot.last_us = llama_time_us();
+    slot.sample_us += slot.last_us - begin_us;
+    if (slot.first_us == 0) {
+        slot.first_us = slot.last_us;
+    }
+
+    const std::vector<llama_token> & stops = slot.request.stop_tokens;
+    const bool is_stop = std::binary_search(stops.begin(), stops.end(), token);
+    if (is_stop || llama_vocab_is_eog(vocab_, token)) {
+        if (slot.request.n_logprobs >= 0) {
+            slot.logprobs.pop_back();
+        }
+        slot.stop_token = token;
+        finish(i, is_stop ? Finish::stop_token : Finish::eog);
+        return;
+    }
+    take_token(slot, token);
+    if (slot.request.max_tokens >= 0 && slot.n_generated() >= slot.request.max_tokens) {
+        finish(i, Finish::length);
+    } else if ((int32_t) slot.tokens.size() > n_ctx_seq_) {
+        // The token just sampled has no position left to be decoded at.
+        finish(i, Finish::context_full);
+    } else if (slot.request.emit) {
+        events.push_back(i);
+    }
+}
+
+void Stepper::take_token(Slot & slot, llama_token token) {
+    if (piece_.empty()) {
+        piece_.resize(256);
+    }
+    int32_t n = llama_token_to_piece(vocab_, token, piece_.data(), (int32_t) piece_.size(), 0,
+                                     slot.request.special);
+    if (n < 0) {
+        piece_.resize((size_t) -n);
+        n = llama_token_to_piece(vocab_, token, piece_.data(), (int32_t) piece_.size(), 0,
+                                 slot.request.special);
+    }
+    slot.text.append(piece_.data(), (size_t) std::max(0, n));
+    slot.text_ends.push_back((int32_t) slot.text.size());
+    slot.tokens.push_back(token);
+}
+
+void Stepper::finish(int32_t i, Finish reason) {
+    release(i, reason);
+    events.push_back(i);
+}
+
+void Stepper::release(int32_t i, Finish reason) {
+    Slot & slot = slots_[(size_t) i];
+    slot.active = false;
+    slot.finish = reason;
+    // A follower whose leader ends before its prompt is done prefills for itself.
+    for (Slot & other : slots_) {
+        if (other.active && other.request.leader == i) {
+            other.request.leader = -1;
+        }
+    }
+}
+
+void Stepper::clear(int32_t i) {
+    release(i, Finish::none);
+    llama_memory_seq_rm(memory_, i, -1, -1);
+    slots_[(size_t) i] = Slot();
+}
+
+}  // namespace llama_crab

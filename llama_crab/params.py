@@ -1,0 +1,389 @@
+"""How a model is loaded: `LlamaParams`, checked before anything native sees it.
+
+Field names are llama.cpp's (``llama_model_params``, ``llama_context_params``). llama.cpp answers
+several bad values with an assertion, which ends the process, so the rules that need no model are
+checked here; those that need one are checked by the core.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import replace as _dataclass_replace
+
+from .errors import LlamaCrabError
+from .sampling import SamplerChain
+
+# Not imported from typing: that module alone costs a tenth of the package's import budget.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+INT32_MAX = 2**31 - 1
+MAX_SEQUENCES = 256
+# Beyond it ggml's thread pool has no affinity slots; creating threads without end aborts.
+MAX_THREADS = 512
+RANDOM_SEED = 0xFFFFFFFF
+DEFAULT_N_CTX = 4096
+_NATIVE_N_BATCH = 2048
+
+# The types llama.cpp's own tools offer; the other ggml types crash or abort as a cache.
+_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+_FLOAT_CACHE_TYPES = ("f32", "f16", "bf16")
+_ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "split_mode": ("none", "layer", "row", "tensor"),
+    "load_mode": ("auto", "none", "mmap", "mlock", "mmap_mlock", "direct_io"),
+    "lazy_mode": ("off", "auto", "on"),
+    "rope_scaling_type": ("unspecified", *_ROPE_SCALING_TYPES),
+    "pooling_type": ("unspecified", "none", "mean", "cls", "last", "rank"),
+    "attention_type": ("unspecified", "causal", "non_causal"),
+    "flash_attn_type": ("auto", "disabled", "enabled"),
+    "type_k": _CACHE_TYPES,
+    "type_v": _CACHE_TYPES,
+}
+
+_INT_RANGES: dict[str, tuple[int, int]] = {
+    "n_gpu_layers": (-(2**31), INT32_MAX),
+    "main_gpu": (-1, INT32_MAX),
+    "n_ctx": (0, INT32_MAX),
+    "n_batch": (1, INT32_MAX),
+    "n_ubatch": (1, INT32_MAX),
+    "n_seq_max": (1, MAX_SEQUENCES),
+    "n_rs_seq": (0, 1024),
+    "n_outputs_max": (0, INT32_MAX),
+    "n_outputs_max_per_seq": (0, INT32_MAX),
+    "n_threads": (1, MAX_THREADS),
+    "n_threads_batch": (1, MAX_THREADS),
+    "yarn_orig_ctx": (0, INT32_MAX),
+    "seed": (0, RANDOM_SEED - 1),
+}
+_FLOAT_MINIMA: dict[str, float] = {
+    "rope_freq_base": 0.0,
+    "rope_freq_scale": 0.0,
+    "yarn_ext_factor": -math.inf,
+    "yarn_attn_factor": -math.inf,
+    "yarn_beta_fast": -math.inf,
+    "yarn_beta_slow": -math.inf,
+}
+_BOOLS = (
+    *("check_tensors", "use_extra_bufts", "no_host", "load_mtp"),
+    *("embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full", "kv_unified"),
+)
+MODEL_FIELDS = (
+    *("devices", "n_gpu_layers", "split_mode", "load_mode", "lazy_mode", "main_gpu"),
+    *("tensor_split", "kv_overrides", "check_tensors", "use_extra_bufts", "no_host", "load_mtp"),
+)
+CONTEXT_FIELDS = (
+    *("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq", "n_outputs_max"),
+    *("n_outputs_max_per_seq", "n_threads", "n_threads_batch", "rope_scaling_type"),
+    *("pooling_type", "attention_type", "flash_attn_type", "rope_freq_base", "rope_freq_scale"),
+    *("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
+    *("type_k", "type_v", "embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full"),
+    "kv_unified",
+)
+# llama_model_kv_override holds keys and string values in char[128].
+_OVERRIDE_BYTES = 127
+
+
+class ParameterError(LlamaCrabError, ValueError):
+    """A parameter has a value that llama.cpp cannot use; the message names the field."""
+
+
+@dataclass(frozen=True)
+class LlamaParams:
+    """Everything that decides how a model is loaded and its context made.
+
+    ``model`` is a path, a Hugging Face repository ``owner/name[:quant]``, or None for the small
+    demo model. Every other field is keyword only, and None means llama.cpp's default, except:
+
+    - ``n_ctx``: min(trained length, 4096) per sequence; 0 means the trained length in total.
+    - ``n_outputs_max``: ``n_seq_max``, or every token of a batch when ``embeddings`` is set.
+    - ``n_threads``: the performance cores this process may use; ``n_threads_batch``: the same.
+
+    Enumerations are given by name (``flash_attn_type="auto"``; True and False also mean "enabled"
+    and "disabled"), cache types by their ggml name (``type_k="q8_0"``), ``devices`` by the names
+    that `llama_crab.devices` lists. ``sampler`` and ``seed`` are the defaults of each request;
+    ``verbose`` lets llama.cpp's own messages below warning through to `logging`.
+
+    Raises ParameterError, a ValueError that names the field, for values that llama.cpp would
+    refuse or abort on. Thread-safety: immutable, share freely.
+    """
+
+    model: str | os.PathLike[str] | None = None
+    _: KW_ONLY
+    # llama_model_params
+    devices: tuple[str, ...] | None = None
+    n_gpu_layers: int | None = None
+    split_mode: str | None = None
+    load_mode: str | None = None
+    lazy_mode: str | None = None
+    main_gpu: int | None = None
+    tensor_split: tuple[float, ...] | None = None
+    # A dict does not hash; the other fields identify the parameters well enough for that.
+    kv_overrides: Mapping[str, int | float | bool | str] | None = field(default=None, hash=False)
+    check_tensors: bool | None = None
+    use_extra_bufts: bool | None = None
+    no_host: bool | None = None
+    load_mtp: bool | None = None
+    # llama_context_params
+    n_ctx: int | None = None
+    n_batch: int | None = None
+    n_ubatch: int | None = None
+    n_seq_max: int | None = None
+    n_rs_seq: int | None = None
+    n_outputs_max: int | None = None
+    n_outputs_max_per_seq: int | None = None
+    n_threads: int | None = None
+    n_threads_batch: int | None = None
+    rope_scaling_type: str | None = None
+    pooling_type: str | None = None
+    attention_type: str | None = None
+    flash_attn_type: str | bool | None = None
+    rope_freq_base: float | None = None
+    rope_freq_scale: float | None = None
+    yarn_ext_factor: float | None = None
+    yarn_attn_factor: float | None = None
+    yarn_beta_fast: float | None = None
+    yarn_beta_slow: float | None = None
+    yarn_orig_ctx: int | None = None
+    type_k: str | None = None
+    type_v: str | None = None
+    embeddings: bool | None = None
+    offload_kqv: bool | None = None
+    no_perf: bool | None = None
+    op_offload: bool | None = None
+    swa_full: bool | None = None
+    kv_unified: bool | None = None
+    # Ours
+    sampler: SamplerChain | None = None
+    seed: int | None = None
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if self.model is not None and not isinstance(self.model, (str, os.PathLike)):
+            kind = type(self.model).__name__
+            raise ParameterError(f"model: expected a path or a repository name, not {kind}")
+        for name, choices in _CHOICES.items():
+            self._normalise(name, _choice, choices)
+        for name, bounds in _INT_RANGES.items():
+            self._normalise(name, _integer, bounds)
+        for name, minimum in _FLOAT_MINIMA.items():
+            self._normalise(name, _real, minimum)
+        for name in (*_BOOLS, "verbose"):
+            self._normalise(name, _boolean, None)
+        self._normalise("devices", _devices, None)
+        self._normalise("tensor_split", _tensor_split, None)
+        self._normalise("kv_overrides", _overrides, None)
+        self._check_batches()
+        self._check_attention()
+
+    def _normalise(self, name: str, rule: Any, detail: Any) -> None:
+        value = getattr(self, name)
+        if value is not None:
+            object.__setattr__(self, name, rule(name, value, detail))
+
+    def _check_batches(self) -> None:
+        n_batch = self.n_batch or _NATIVE_N_BATCH
+        if self.n_ubatch is not None and self.n_ubatch > n_batch:
+            default = "" if self.n_batch else " (the default)"
+            raise ParameterError(
+                f"n_ubatch: {self.n_ubatch} is larger than n_batch {n_batch}{default}"
+            )
+        # llama.cpp asserts that one output per sequence fits in each of these.
+        for name in ("n_batch", "n_ctx", "n_outputs_max"):
+            limit = getattr(self, name)
+            if limit and (self.n_seq_max or 1) > limit:
+                raise ParameterError(f"n_seq_max: {self.n_seq_max} is larger than {name} {limit}")
+        # A batch that exceeds n_ubatch would abort: non-causal attention sees a batch as a whole.
+        if self.attention_type == "non_causal" and (self.n_ubatch or n_batch) < n_batch:
+            raise ParameterError(
+                f"n_ubatch: {self.n_ubatch} is smaller than n_batch {n_batch}, "
+                "which attention_type='non_causal' does not allow"
+            )
+
+    def _check_attention(self) -> None:
+        if self.flash_attn_type != "disabled":
+            return
+        if self.type_v is not None and self.type_v not in _FLOAT_CACHE_TYPES:
+            raise ParameterError(
+                f"type_v: {self.type_v!r} needs flash attention, but flash_attn_type is 'disabled'"
+            )
+        if self.split_mode == "tensor":
+            raise ParameterError(
+                "split_mode: 'tensor' needs flash attention, but flash_attn_type is 'disabled'"
+            )
+
+    def model_params(self) -> dict[str, Any]:
+        """Return the ``llama_model_params`` that are set, as the core's Model takes them."""
+        return self._set_fields(MODEL_FIELDS)
+
+    def context_params(self) -> dict[str, Any]:
+        """Return the ``llama_context_params`` that are set, as the core's Context takes them."""
+        return self._set_fields(CONTEXT_FIELDS)
+
+    def _set_fields(self, names: Iterable[str]) -> dict[str, Any]:
+        values = ((name, getattr(self, name)) for name in names)
+        return {name: value for name, value in values if value is not None}
+
+    def resolve(self, *, n_ctx_train: int, n_threads: int) -> LlamaParams:
+        """Return these parameters with our own defaults filled in for one model and machine.
+
+        ``n_ctx_train`` is the model's trained length in tokens, ``n_threads`` the number of
+        threads to use where none is set.
+        """
+        changes: dict[str, Any] = {}
+        n_seq_max = self.n_seq_max or 1
+        if self.n_ctx is None:
+            per_sequence = min(n_ctx_train, DEFAULT_N_CTX) if n_ctx_train > 0 else DEFAULT_N_CTX
+            changes["n_ctx"] = per_sequence * n_seq_max
+        if self.n_outputs_max is None and not self.embeddings:
+            changes["n_outputs_max"] = n_seq_max
+        changes["n_threads"] = self.n_threads or n_threads
+        changes["n_threads_batch"] = self.n_threads_batch or changes["n_threads"]
+        if self.attention_type == "non_causal" and self.n_ubatch is None:
+            changes["n_ubatch"] = self.n_batch or _NATIVE_N_BATCH
+        return self.replace(**changes)
+
+    def replace(self, **changes: Any) -> LlamaParams:
+        """Return a copy with some fields changed, checked again as a whole."""
+        _check_names(changes)
+        return _dataclass_replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that differ from their defaults as plain JSON values."""
+        result: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value == item.default:
+                continue
+            if item.name == "model":
+                value = os.fspath(value)
+            elif item.name == "sampler":
+                value = value.to_dict()
+            result[item.name] = list(value) if isinstance(value, tuple) else value
+        return result
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LlamaParams:
+        """Build parameters from field names and values, as `to_dict` returns them."""
+        _check_names(values)
+        values = dict(values)
+        if isinstance(values.get("sampler"), Mapping):
+            values["sampler"] = SamplerChain.from_dict(values["sampler"])
+        return cls(**values)
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{item.name}={getattr(self, item.name)!r}"
+            for item in fields(self)
+            if item.name == "model" or getattr(self, item.name) != item.default
+        )
+        return f"LlamaParams({', '.join(shown)})"
+
+
+def _check_names(names: Iterable[str]) -> None:
+    known = [item.name for item in fields(LlamaParams)]
+    for name in names:
+        if name not in known:
+            raise ParameterError(f"{name}: no such parameter{_suggest(name, known)}")
+
+
+def _suggest(given: str, allowed: Iterable[str]) -> str:
+    close = difflib.get_close_matches(given, list(allowed), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    if name == "flash_attn_type" and isinstance(value, bool):
+        return "enabled" if value else "disabled"
+    text = (
+        value.strip().lower().replace("-", "_").replace("+", "_") if isinstance(value, str) else ""
+    )
+    if text not in choices:
+        hint = _suggest(text, choices)
+        raise ParameterError(f"{name}: {value!r} is not one of {', '.join(choices)}{hint}")
+    return text
+
+
+def _integer(name: str, value: Any, bounds: tuple[int, int]) -> int:
+    low, high = bounds
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise ParameterError(f"{name}: expected an integer, not {value!r}")
+    if name == "seed" and number == RANDOM_SEED:
+        raise ParameterError("seed: 0xFFFFFFFF means 'random' to llama.cpp; leave the seed unset")
+    if number < low:
+        raise ParameterError(f"{name}: {number} is less than {low}")
+    if number > high:
+        raise ParameterError(f"{name}: {number} is more than {high}")
+    return number
+
+
+def _real(name: str, value: Any, minimum: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, (bool, str)) or not math.isfinite(number):
+        raise ParameterError(f"{name}: expected a finite number, not {value!r}")
+    if number < minimum:
+        raise ParameterError(f"{name}: {number} is less than {minimum:g}")
+    return number
+
+
+def _boolean(name: str, value: Any, _: None) -> bool:
+    if not isinstance(value, bool):
+        raise ParameterError(f"{name}: expected True or False, not {value!r}")
+    return value
+
+
+def _devices(name: str, value: Any, _: None) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(device, str) and device for device in names):
+        raise ParameterError(f"{name}: expected device names, not {value!r}")
+    return names
+
+
+def _tensor_split(name: str, value: Any, _: None) -> tuple[float, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise ParameterError(f"{name}: expected one proportion per device, not {value!r}")
+    parts = tuple(_real(name, part, 0.0) for part in value)
+    if not any(parts):
+        raise ParameterError(f"{name}: at least one proportion must be above 0")
+    return parts
+
+
+def _overrides(name: str, value: Any, _: None) -> dict[str, int | float | bool | str]:
+    if not isinstance(value, Mapping):
+        raise ParameterError(f"{name}: expected a mapping of metadata keys, not {value!r}")
+    for key, item in value.items():
+        if not isinstance(key, str) or not 0 < len(key.encode()) <= _OVERRIDE_BYTES:
+            raise ParameterError(f"{name}: key {key!r} is not 1 to {_OVERRIDE_BYTES} bytes of text")
+        _check_override(f"{name}[{key!r}]", key, item)
+    return dict(value)
+
+
+def _check_override(label: str, key: str, item: Any) -> None:
+    if isinstance(item, str):
+        if len(item.encode()) > _OVERRIDE_BYTES:
+            raise ParameterError(f"{label}: longer than {_OVERRIDE_BYTES} bytes")
+    elif isinstance(item, bool):
+        pass
+    elif isinstance(item, int):
+        if not -(2**63) <= item < 2**63:
+            raise ParameterError(f"{label}: {item} does not fit in 64 bits")
+    elif not isinstance(item, float) or not math.isfinite(item):
+        raise ParameterError(f"{label}: expected a bool, int, finite float or str, not {item!r}")
+    # Both reach an assertion, the first inside a worker thread, where nothing can catch it.
+    if key.endswith("_epsilon") and not (isinstance(item, float) and item >= 0):
+        raise ParameterError(f"{label}: {item!r} is not a float of 0 or more")
+    if key.endswith(".rope.scaling.type") and item not in _ROPE_SCALING_TYPES:
+        raise ParameterError(f"{label}: {item!r} is not one of {', '.join(_ROPE_SCALING_TYPES)}")
