@@ -42,8 +42,8 @@ sdist: $(VENV)/tools
 docs: $(VENV)/dev
 	$(BIN)/mkdocs build --strict
 
-models: $(VENV)/installed
-	$(BIN)/python tests/fetch_models.py
+models: $(VENV)/installed  ## and the tokenizer files of the full llama.cpp tree
+	$(BIN)/python third_party/fetch.py && $(BIN)/python tests/fetch_models.py
 
 asan:  ## the tests under AddressSanitizer, in a virtual environment of their own
 	$(MAKE) asan-run VENV=.venv-asan

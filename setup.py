@@ -24,7 +24,7 @@ import fetch  # noqa: E402
 
 # An abi3 wheel serves every CPython from 3.11 on; free-threaded builds have no stable ABI yet.
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
-BUILD_FILES = [ROOT / "setup.py", ROOT / "build_tools" / "cmake_build.py"]
+BUILD_FILES = [Path(__file__), Path(cmake_build.__file__), ROOT / "third_party" / "llama_cpp.toml"]
 
 
 class BuildPy(build_py):
@@ -51,8 +51,7 @@ class BuildExt(build_ext):
         """Build one extension; an archive newer than the last link is never missed."""
         from Cython.Build import cythonize
 
-        translated = cythonize([ext], build_dir="build/cython", language_level=3)
-        ext.sources = translated[0].sources
+        ext.sources = cythonize([ext], build_dir="build/cython", language_level=3)[0].sources
         source = fetch.ensure_tree()
         folders = ("include", "ggml/include", "common", "vendor", "tools/mtmd")
         # As system headers: their warnings are upstream's.
@@ -62,12 +61,11 @@ class BuildExt(build_ext):
         ext.extra_objects = linkage.archives
         ext.extra_compile_args = [*compile_flags(self.settings), *headers]
         ext.extra_link_args = [*linkage.flags, *link_flags(self.settings)]
-        # llama-common's headers read it, so the extension must agree with the library.
-        ext.define_macros.append(("LLAMA_SUBPROCESS", None))
-        ext.define_macros.append(
-            ("LLAMA_CRAB_LLAMA_COMMIT", f'"{cmake_build.fetch.read_pin().commit}"')
-        )
-        ext.define_macros.append(("LLAMA_CRAB_BACKEND", f'"{self.settings.backend}"'))
+        ext.define_macros += [
+            ("LLAMA_SUBPROCESS", None),  # llama-common's headers must agree with the library
+            ("LLAMA_CRAB_LLAMA_COMMIT", f'"{fetch.read_pin().commit}"'),
+            ("LLAMA_CRAB_BACKEND", f'"{self.settings.backend}"'),
+        ]
         self.force = self.compiler.force = True
         self.compiler.compile = partial(compile_changed, self.compiler, self.compiler.compile)
         print(f"building {ext.name} (about a minute)", flush=True)
@@ -112,10 +110,9 @@ def compile_flags(settings: cmake_build.Settings) -> list[str]:
     if cmake_build.MSVC:
         return ["/std:c++17", "/O2", "/utf-8", "/EHsc", "/bigobj"]
     flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
-    flags += ["-g" if settings.debug or settings.sanitize else "-g0"]
     if settings.sanitize:
         flags += [f"-fsanitize={settings.sanitize}", "-fno-omit-frame-pointer"]
-    return flags
+    return [*flags, "-g" if settings.debug or settings.sanitize else "-g0"]
 
 
 def link_flags(settings: cmake_build.Settings) -> list[str]:
@@ -125,7 +122,7 @@ def link_flags(settings: cmake_build.Settings) -> list[str]:
     """
     if cmake_build.MSVC:
         return []
-    keep = settings.debug or bool(settings.sanitize)
+    keep = settings.debug or settings.sanitize
     sanitizer = [f"-fsanitize={settings.sanitize}"] if settings.sanitize else []
     if sys.platform == "darwin":
         exported = ["-Wl,-exported_symbol,_PyInit__core", "-Wl,-dead_strip"]

@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 import fetch_models  # noqa: E402
 
 N_THREADS = default_n_threads()
+GPU_LAYERS = 99 if _core.supports_gpu_offload() else 0
+# A run of a GPU is over in milliseconds: its first repetition still warms up.
+REPETITIONS = 5 if GPU_LAYERS else 1
 MODELS = {"smollm2": fetch_models.DEMO_MODEL, "gemma": fetch_models.GEMMA}
 
 
@@ -50,7 +52,7 @@ class Native:
 
     def bench(
         self, model: Path, *, n_prompt: int = 0, n_gen: int = 0, depth: int = 0,
-        flash_attn: bool = True, repetitions: int = 1,
+        flash_attn: bool = True, repetitions: int = REPETITIONS,
     ) -> float:
         """Return llama-bench's tokens per second (median of its repetitions)."""
         command = [
@@ -61,9 +63,6 @@ class Native:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         (row,) = json.loads(done.stdout)
         return statistics.median(row["samples_ts"])
-
-
-GPU_LAYERS = 99 if _core.supports_gpu_offload() else 0
 
 
 @pytest.fixture(scope="session")
@@ -82,17 +81,29 @@ def smollm2() -> Path:
     return fetch_models.fetch(MODELS["smollm2"])
 
 
+FIGURES = pytest.StashKey[dict[str, Any]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FIGURES] = {}
+
+
 @pytest.fixture(scope="session")
-def figures(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """Collect the run's figures; print them at the end and, with --record, keep them."""
-    collected: dict[str, Any] = {}
-    yield collected
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
+def figures(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Where a benchmark puts what it found; printed at the end, kept with --record."""
+    return request.config.stash[FIGURES]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    collected = config.stash[FIGURES]
     for name, figure in sorted(collected.items()):
-        reporter.write_line(f"{name}: {json.dumps(figure)}")
-    name = request.config.getoption("--record")
+        terminalreporter.write_line(f"{name}: {json.dumps(figure)}")
+    name = config.getoption("--record")
     if name:
         path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({**machine(), "figures": collected}, indent=1) + "\n")
 
 

@@ -6,7 +6,6 @@ from .completion import (
     Completion,
     CompletionChoice,
     CompletionChunk,
-    CompletionTimings,
     Logprobs,
     TokenLogprob,
     Usage,
@@ -15,6 +14,7 @@ from .errors import LlamaCrabError
 from .llama import CompletionStream, Llama
 from .params import LlamaParams, ParameterError
 from .sampling import SamplerChain
+from .timings import CompletionTimings
 
 __all__ = [
     "Completion",

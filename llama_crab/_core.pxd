@@ -1,4 +1,5 @@
-# The map of the compiled core: every class, the C object behind it, who frees it, who it keeps alive.
+# The map of the compiled core: every class, the C object behind it, who frees it, what it keeps
+# alive.
 #
 #   Model ──── Vocab                 one llama_model, shared by counted owners (native/handles.h)
 #     ├─────── Context ──┬─ Memory   one llama_context; a share of the model
@@ -58,6 +59,7 @@ cdef class Context:
 cdef class Memory:
     cdef Context _context               # strong: the llama_memory_t is borrowed from it
 
+    cdef Context _require_context(self)
     cdef lib.llama_memory_t _enter(self, nat.ContextHandle **handle) except NULL
 
 

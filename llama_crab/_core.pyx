@@ -14,10 +14,11 @@ Rules (docs/architecture.md says why):
 6. A Context is used by one thread at a time: `_enter()` refuses the second.
 """
 from cpython.buffer cimport (
-    PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release,
-    PyObject_CheckBuffer, PyObject_GetBuffer)
+    PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDED_RO, PyBUF_WRITABLE,
+    PyBuffer_IsContiguous, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer)
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.number cimport PyNumber_Index
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, strlen
 from libcpp cimport bool as cbool
@@ -42,7 +43,9 @@ include "handles/model.pxi"      # Model
 include "handles/vocab.pxi"      # Vocab
 include "handles/batch.pxi"      # Batch
 include "handles/outputs.pxi"    # Logits, Embeddings
+include "handles/context_checks.pxi"  # memory needed, live exports
 include "handles/context.pxi"    # Context
+include "handles/state.pxi"      # state of a context or of one sequence
 include "handles/memory.pxi"     # Memory
 include "handles/adapter.pxi"    # LoraAdapter
 include "handles/sampler.pxi"    # Sampler

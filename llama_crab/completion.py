@@ -48,6 +48,26 @@ class TokenLogprob:
         return cls(text, token_id, piece, logprob, tuple(top))
 
 
+class TextOffsets:
+    """Where tokens begin in a text, in characters, as they come.
+
+    `start` may be negative for tokens that the text does not show (BOS, a space that the tokenizer
+    put in front): they begin at 0.
+    """
+
+    __slots__ = ("_at", "_decoder")
+
+    def __init__(self, start: int = 0) -> None:
+        self._at = start
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, piece: bytes) -> int:
+        """Return where the token of these bytes begins, and go on behind it."""
+        at = max(0, self._at)
+        self._at += len(self._decoder.decode(piece))
+        return at
+
+
 @dataclass(frozen=True, slots=True)
 class Logprobs:
     """The log-probabilities of one choice's tokens.
@@ -65,13 +85,9 @@ class Logprobs:
 
         A token that begins inside a character gets the offset of that character.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         entries = tuple(tokens)
-        offsets = []
-        for entry in entries:
-            offsets.append(start)
-            start += len(decoder.decode(entry.bytes))
-        return cls(entries, tuple(offsets))
+        offsets = TextOffsets(start)
+        return cls(entries, tuple([offsets.push(entry.bytes) for entry in entries]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return OpenAI's legacy completions shape: four parallel lists.

@@ -2,32 +2,65 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from . import _core, logs
 from .completion import (
     Completion,
     CompletionChunk,
     Logprobs,
+    TextOffsets,
     TokenLogprob,
     Usage,
 )
 from .engine import Request, Scheduler
 from .engine.request import RawLogprobs, new_seed, token_logprobs
-from .errors import BackendUnavailableError, ClosedError, ContextLengthError, LlamaCrabError
+from .errors import (
+    BackendUnavailableError,
+    ClosedError,
+    ContextLengthError,
+    InvalidTokenError,
+    LlamaCrabError,
+)
 from .hub import resolve_model
-from .params import LlamaParams, ParameterError
+from .params import INT32_MAX, RANDOM_SEED, LlamaParams, ParameterError, require_integer
 from .sampling import SamplerChain
 from .timings import CompletionTimings
 from .tuning.probe import default_n_threads
 
 Prompt = str | Sequence[int]
+Result = TypeVar("Result")
+
+# Long enough for a waiting thread to wake up, short beside a step.
+_HANDOVER_SEC = 50e-6
+
+
+class CompletionOptions(TypedDict, total=False):
+    """Keyword arguments of `Llama.create_completion` beside ``stream``."""
+
+    sampler: SamplerChain | None
+    seed: int | None
+    stop: str | Iterable[str]
+    stop_tokens: Iterable[int]
+    include_stop: bool
+    min_tokens: int
+    ignore_eos: bool
+    n: int
+    best_of: int | None
+    logprobs: int | None
+    logit_bias: Mapping[int, float] | None
+    echo: bool
+    suffix: str | None
+    special: bool
+    cache_prompt: bool
+    callback: Callable[[CompletionChunk], object] | None
 
 
 class Llama:
@@ -42,7 +75,7 @@ class Llama:
     """
 
     def __init__(self, model: str | os.PathLike[str] | None = None, **fields: Any) -> None:
-        self._open(LlamaParams(model, **fields))
+        self._open(LlamaParams.from_dict({**fields, "model": model}))
 
     @classmethod
     def load(cls, params: LlamaParams) -> Llama:
@@ -73,6 +106,7 @@ class Llama:
             logs.flush()
         self._vocab = self._model.vocab
         self._lock = threading.Lock()
+        self._callers: dict[int, None] = {}
         self._abandoned: deque[Request] = deque()
         self._closed = False
         self._name = path.name
@@ -96,13 +130,15 @@ class Llama:
 
     def close(self) -> None:
         """Free the context and the model; running requests end as cancelled. Idempotent."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._scheduler.cancel_all()
-            self._context.close()
-            self._model.close()
+        self._exclusively(self._close)
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._scheduler.cancel_all()
+        self._context.close()
+        self._model.close()
+        self._closed = True
 
     def __enter__(self) -> Llama:
         return self
@@ -139,14 +175,22 @@ class Llama:
 
     @overload
     def create_completion(
-        self, prompt: Prompt, max_tokens: int | None = ..., *, stream: Literal[False] = ...,
-        **options: Any,
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = ...,
+        *,
+        stream: Literal[False] = ...,
+        **options: Unpack[CompletionOptions],
     ) -> Completion: ...
 
     @overload
     def create_completion(
-        self, prompt: Prompt, max_tokens: int | None = ..., *, stream: Literal[True],
-        **options: Any,
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = ...,
+        *,
+        stream: Literal[True],
+        **options: Unpack[CompletionOptions],
     ) -> CompletionStream: ...
 
     def create_completion(
@@ -211,15 +255,31 @@ class Llama:
         cache_prompt
             Reuse what an earlier request with the same beginning left in memory.
         callback
-            Called with each chunk; return False to end the request as ``"cancelled"``.
+            Called with each chunk; return False to end the request as ``"cancelled"``. Not with
+            `stream`.
 
         Raises `ContextLengthError` for a prompt that does not fit, `ParameterError` and
         `InvalidTokenError` for wrong values, `GrammarError`, `SamplerError`, `DecodeError`.
         ``KeyboardInterrupt`` ends the request within one step and leaves the object usable.
         """
+        begin_us = _core.time_us()
         tokens, echo_text = self._prompt_tokens(prompt, suffix)
+        if not isinstance(stop, Iterable):
+            raise ParameterError(f"stop: expected strings, not {stop!r}")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stop_ids = self._token_ids("stop_tokens", stop_tokens)
         self._check(n, best_of, stream, logprobs, max_tokens, min_tokens, stops)
+        if callback is not None and not callable(callback):
+            raise ParameterError(f"callback: {callback!r} cannot be called")
+        if stream and callback is not None:
+            raise ParameterError("callback: not with stream=True, which gives the chunks itself")
+        if sampler is not None and not isinstance(sampler, SamplerChain):
+            raise ParameterError(f"sampler: expected a SamplerChain, not {sampler!r}")
+        if seed is not None:
+            require_integer("seed", seed, (0, RANDOM_SEED - 1))
+        if logit_bias is not None and not isinstance(logit_bias, Mapping):
+            raise ParameterError(f"logit_bias: expected a mapping, not {logit_bias!r}")
+        self._token_ids("logit_bias", logit_bias or ())
         chosen = sampler if sampler is not None else self.params.sampler
         if seed is None:
             seed = self.params.seed
@@ -232,7 +292,7 @@ class Llama:
             n=n,
             best_of=n if best_of is None else best_of,
             stop=stops,
-            stop_tokens=tuple(stop_tokens),
+            stop_tokens=stop_ids,
             include_stop=include_stop,
             ignore_eos=ignore_eos,
             special=special,
@@ -241,6 +301,7 @@ class Llama:
             prompt_logprobs=echo and logprobs is not None,
             stream=stream or callback is not None,
             cache_prompt=cache_prompt,
+            submit_us=begin_us,
         )
         job = CompletionStream(self, request, echo_text if echo else "")
         if stream:
@@ -255,17 +316,21 @@ class Llama:
         """Return the ids and the text to echo."""
         if isinstance(prompt, str):
             tokens, text = self.tokenize(prompt), prompt
-        elif isinstance(prompt, (bytes, bytearray)):
-            raise ParameterError("prompt: expected text or token ids, not bytes")
         else:
-            tokens = [int(token) for token in prompt]
+            tokens = list(self._token_ids("prompt", prompt))
             text = "" if not tokens else self.detokenize(tokens, special=True)
         if suffix is not None:
+            if not isinstance(suffix, str):
+                raise ParameterError(f"suffix: expected text, not {suffix!r}")
             vocab = self._vocab
             if vocab.fim_pre is None or vocab.fim_suf is None or vocab.fim_mid is None:
                 raise ParameterError("suffix: the model has no fill-in-the-middle tokens")
             after = self.tokenize(suffix, add_special=False, parse_special=False)
-            tokens = [vocab.fim_pre, *tokens, vocab.fim_suf, *after, vocab.fim_mid]
+            n_bos = int(tokens[:1] == [vocab.bos])
+            tokens = [
+                *(*tokens[:n_bos], vocab.fim_pre, *tokens[n_bos:]),
+                *(vocab.fim_suf, *after, vocab.fim_mid),
+            ]
         if not tokens:
             # As llama.cpp's own programs do: something must be decoded.
             if self._vocab.bos is None:
@@ -277,50 +342,90 @@ class Llama:
             )
         return tokens, text
 
+    def _token_ids(self, name: str, tokens: Iterable[int]) -> tuple[int, ...]:
+        """Return ids of the vocabulary as ints; `name` is the argument they came in."""
+        if isinstance(tokens, (str, bytes, bytearray)) or not isinstance(tokens, Iterable):
+            raise ParameterError(f"{name}: expected token ids, not {type(tokens).__name__}")
+        try:
+            ids = tuple([operator.index(token) for token in tokens])
+        except TypeError as error:
+            raise ParameterError(f"{name}: expected token ids: {error}") from None
+        n_vocab = self._vocab.n_tokens
+        for token in ids:
+            if not 0 <= token < n_vocab:
+                raise InvalidTokenError(
+                    f"{name}: token {token} is outside the vocabulary (0..{n_vocab - 1})"
+                )
+        return ids
+
     @staticmethod
     def _check(
-        n: int, best_of: int | None, stream: bool, logprobs: int | None,
-        max_tokens: int | None, min_tokens: int, stops: tuple[str, ...],
+        n: int,
+        best_of: int | None,
+        stream: bool,
+        logprobs: int | None,
+        max_tokens: int | None,
+        min_tokens: int,
+        stops: tuple[str, ...],
     ) -> None:
-        if n < 1:
-            raise ParameterError(f"n: {n} is less than 1")
-        if best_of is not None and best_of < n:
-            raise ParameterError(f"best_of: {best_of} is less than n {n}")
-        if stream and best_of is not None and best_of > n:
-            raise ParameterError("best_of: cannot be streamed; the best is known at the end")
-        if logprobs is not None and logprobs < 0:
-            raise ParameterError(f"logprobs: {logprobs} is less than 0")
-        if max_tokens is not None and max_tokens < 0:
-            raise ParameterError(f"max_tokens: {max_tokens} is less than 0; None means no limit")
-        if min_tokens < 0 or (max_tokens is not None and min_tokens > max_tokens):
-            raise ParameterError(f"min_tokens: {min_tokens} is not in 0..max_tokens")
+        require_integer("n", n, (1, INT32_MAX))
+        if best_of is not None:
+            require_integer("best_of", best_of, (n, INT32_MAX))
+            if stream and best_of > n:
+                raise ParameterError("best_of: cannot be streamed; the best is known at the end")
+        if logprobs is not None:
+            require_integer("logprobs", logprobs, (0, INT32_MAX))
+        if max_tokens is not None:
+            require_integer("max_tokens", max_tokens, (0, INT32_MAX))
+        most = INT32_MAX if max_tokens is None else max_tokens
+        require_integer("min_tokens", min_tokens, (0, most))
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise ParameterError("stop: expected non-empty strings")
 
+    def _exclusively(self, work: Callable[..., Result], *args: Any) -> Result:
+        """Run `work` alone: one thread at a time drives the engine.
+
+        A thread that steps takes the lock again at once, so it first lets others have it.
+        """
+        me = threading.get_ident()
+        self._callers[me] = None
+        try:
+            with self._lock:
+                self._callers.pop(me, None)
+                return work(*args)
+        finally:
+            self._callers.pop(me, None)
+            if self._callers:
+                time.sleep(_HANDOVER_SEC)
+
     def _submit(self, request: Request) -> None:
-        with self._lock:
-            if self._closed:
-                raise ClosedError("the Llama is closed")
-            self._scheduler.submit(request)
+        if self._closed:
+            raise ClosedError("the Llama is closed")
+        self._scheduler.submit(request)
 
     def _step(self, request: Request) -> None:
         """Advance the engine once, unless another thread has brought the request on meanwhile."""
-        with self._lock:
-            if self._closed:
-                raise ClosedError("the Llama is closed")
-            while self._abandoned:
-                self._scheduler.cancel(self._abandoned.popleft())
-            if not request.done and not request.news:
-                self._scheduler.step()
+        if request.done or request.news:
+            return
+        if self._closed:
+            raise ClosedError("the Llama is closed")
+        while self._abandoned:
+            self._scheduler.cancel(self._abandoned.popleft())
+        self._scheduler.step()
 
-    def _live_prompt_logprobs(self, slot: int | None) -> list[RawLogprobs]:
-        with self._lock:
-            return [] if slot is None else self._scheduler.stepper.prompt_logprobs(slot)
+    def _prompt_logprobs(self, request: Request) -> list[RawLogprobs]:
+        """Return the prompt's log-probabilities so far, from the sequence that prefills it."""
+        for sequence in request.sequences:
+            found = sequence.prompt_logprobs
+            if sequence.slot is not None:
+                found = self._scheduler.stepper.prompt_logprobs(sequence.slot)
+            if found:
+                return found
+        return []
 
     def _cancel(self, request: Request) -> None:
-        with self._lock:
-            if not self._closed:
-                self._scheduler.cancel(request)
+        if not self._closed:
+            self._scheduler.cancel(request)
 
 
 class CompletionStream(Iterator[CompletionChunk]):
@@ -338,8 +443,8 @@ class CompletionStream(Iterator[CompletionChunk]):
         self._echo = echo
         self._created = int(time.time())
         self._n_ended = 0
-        self._offsets: dict[int, int] = {}
-        llama._submit(request)
+        self._offsets: dict[int, TextOffsets] = {}
+        llama._exclusively(llama._submit, request)
 
     @property
     def id(self) -> str:
@@ -362,7 +467,7 @@ class CompletionStream(Iterator[CompletionChunk]):
                     if request.error is not None:
                         raise request.error
                     raise StopIteration
-                self._llama._step(request)
+                self._llama._exclusively(self._llama._step, request)
         except (StopIteration, LlamaCrabError):
             raise
         except BaseException:
@@ -373,7 +478,7 @@ class CompletionStream(Iterator[CompletionChunk]):
     def close(self) -> None:
         """Cancel the request if it has not ended."""
         if not self._request.done:
-            self._llama._cancel(self._request)
+            self._llama._exclusively(self._llama._cancel, self._request)
 
     def __enter__(self) -> CompletionStream:
         return self
@@ -411,7 +516,7 @@ class CompletionStream(Iterator[CompletionChunk]):
                 sequence.choice(
                     i,
                     self._echo,
-                    self._logprobs(sequence.tokens, sequence.logprobs, with_prompt=True),
+                    self._logprobs(sequence.tokens, sequence.logprobs),
                 )
                 for i, sequence in enumerate(chosen)
             ),
@@ -424,11 +529,14 @@ class CompletionStream(Iterator[CompletionChunk]):
         request = self._request
         news = request.news.popleft()
         index = news.sequence.index
-        first = index not in self._offsets
-        offset = self._offsets.setdefault(index, len(self._echo))
-        logprobs = self._logprobs(news.tokens, news.logprobs, start=offset, with_prompt=first)
-        text = self._echo + news.text if first else news.text
-        self._offsets[index] = offset + len(news.text)
+        offsets = self._offsets.get(index)
+        text = news.text
+        if offsets is None:
+            text = self._echo + text
+            offsets = self._offsets[index] = TextOffsets(len(self._echo))
+            logprobs = self._logprobs(news.tokens, news.logprobs, offsets)
+        else:
+            logprobs = self._logprobs(news.tokens, news.logprobs, offsets, with_prompt=False)
         self._n_ended += news.last
         whole = news.last and self._n_ended == len(request.sequences)
         return CompletionChunk(
@@ -449,32 +557,31 @@ class CompletionStream(Iterator[CompletionChunk]):
         self,
         tokens: Sequence[int],
         raw: list[RawLogprobs],
+        offsets: TextOffsets | None = None,
         *,
-        start: int | None = None,
-        with_prompt: bool,
+        with_prompt: bool = True,
     ) -> Logprobs | None:
+        """Return the public form; `offsets` goes on where the choice's last chunk ended."""
         request = self._request
         if request.logprobs is None:
             return None
         entries: list[TokenLogprob] = []
-        begin = len(self._echo) if start is None else start
+        begins: list[int] = []
         if with_prompt and request.prompt_logprobs:
-            begin = 0
             head = request.prompt[0]
             entries.append(TokenLogprob.from_piece(head, self._piece(head), None))
-            entries += token_logprobs(
-                request.prompt[1:], self._prompt_logprobs(), self._piece
-            )
+            found = self._llama._exclusively(self._llama._prompt_logprobs, request)
+            entries += token_logprobs(request.prompt[1 : len(found) + 1], found, self._piece)
+            # The echoed text ends where the prompt's last token does; what it does not show (BOS)
+            # comes first.
+            shown = b"".join([entry.bytes for entry in entries]).decode("utf-8", "replace")
+            before = TextOffsets(len(self._echo) - len(shown))
+            begins += [before.push(entry.bytes) for entry in entries]
         entries += token_logprobs(list(tokens), raw, self._piece)
-        return Logprobs.from_tokens(entries, begin)
-
-    def _prompt_logprobs(self) -> list[RawLogprobs]:
-        """The prompt's, from the sequence that prefilled it."""
-        for sequence in self._request.sequences:
-            found = sequence.prompt_logprobs or self._llama._live_prompt_logprobs(sequence.slot)
-            if found:
-                return found
-        return []
+        offsets = TextOffsets(len(self._echo)) if offsets is None else offsets
+        piece, special = self._llama._vocab.piece, request.special
+        begins += [offsets.push(piece(token, special)) for token in tokens]
+        return Logprobs(tuple(entries), tuple(begins))
 
     def _piece(self, token: int) -> bytes:
         return self._llama._vocab.piece(token, True)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-
 from . import _core
 
-logger = logging.getLogger("llama_crab.native")
-
 # ggml_log_level -> logging level
-_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+_LEVELS = {1: 10, 2: 20, 3: 30, 4: 40}
 
 
 def set_verbose(verbose: bool) -> None:
-    """Let llama.cpp's messages below warning through to `logging` (process-wide), or not."""
-    _core.set_log_level(1 if verbose else 3)
+    """Let llama.cpp's informative messages through to `logging` (process-wide), or not."""
+    _core.set_log_level(2 if verbose else 3)
 
 
 def flush() -> None:
     """Hand the lines that llama.cpp has logged so far to `logging`."""
-    if _core.log_pending():
-        for level, text in _core.drain_log():
-            logger.log(_LEVELS.get(level, logging.INFO), text)
+    if not _core.log_pending():
+        return
+    import logging  # not at import time: most programs never get here
+
+    logger = logging.getLogger("llama_crab.native")
+    for level, text in _core.drain_log():
+        logger.log(_LEVELS.get(level, logging.INFO), text)

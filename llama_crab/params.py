@@ -171,7 +171,7 @@ class LlamaParams:
         for name, choices in _CHOICES.items():
             self._normalise(name, _choice, choices)
         for name, bounds in _INT_RANGES.items():
-            self._normalise(name, _integer, bounds)
+            self._normalise(name, require_integer, bounds)
         for name, minimum in _FLOAT_MINIMA.items():
             self._normalise(name, _real, minimum)
         for name in (*_BOOLS, "verbose"):
@@ -310,7 +310,8 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     return text
 
 
-def _integer(name: str, value: Any, bounds: tuple[int, int]) -> int:
+def require_integer(name: str, value: Any, bounds: tuple[int, int]) -> int:
+    """Return `value` as an int within `bounds`, both included; else raise ParameterError."""
     low, high = bounds
     try:
         number = operator.index(value)

@@ -32,8 +32,10 @@ class PrefixCache:
         An empty slot is preferred to one whose content would be lost for nothing.
         """
         best = max(
-            ((self._stepper.reusable_prefix(slot, prompt), -self._used[slot], slot)
-             for slot in idle),
+            (
+                (self._stepper.reusable_prefix(slot, prompt), -self._used[slot], slot)
+                for slot in idle
+            ),
         )
         return best[2], best[0]
 

@@ -93,6 +93,7 @@ class Sequence:
     text_parts: list[str] = field(default_factory=list)
     n_bytes: int = 0
     n_tokens_told: int = 0
+    n_bytes_told: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[RawLogprobs] = field(default_factory=list)
     prompt_logprobs: list[RawLogprobs] = field(default_factory=list)
@@ -117,9 +118,7 @@ class Sequence:
             return float("-inf")
         return sum(entry[0] for entry in self.logprobs) / len(self.logprobs)
 
-    def choice(
-        self, index: int, echo: str, logprobs: Logprobs | None
-    ) -> CompletionChoice:
+    def choice(self, index: int, echo: str, logprobs: Logprobs | None) -> CompletionChoice:
         """Return the public form."""
         return CompletionChoice(
             index=index,

@@ -44,7 +44,7 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Queue a request; `step` until it is done."""
-        request.submit_us = _core.time_us()
+        request.submit_us = request.submit_us or _core.time_us()
         self._waiting.extend(request.sequences)
 
     def cancel(self, request: Request) -> None:
@@ -72,13 +72,13 @@ class Scheduler:
         """
         if self._interrupted:
             self._recover()
-        self._admit()
         self._interrupted = True
+        self._admit()
         try:
             news = self.stepper.step(self._budget)
         except KVCacheFullError as error:
             if not self._cache.evict(self._idle()):
-                self._fail(self._youngest().request, error)
+                self._give_way(error)
             self._interrupted = False
             return
         except DecodeAborted:
@@ -102,28 +102,43 @@ class Scheduler:
     def _idle(self) -> list[int]:
         return [slot for slot in range(self.stepper.n_slots) if slot not in self._running]
 
-    def _youngest(self) -> Sequence:
-        return max(self._running.values(), key=lambda sequence: sequence.request.submit_us)
+    def _give_way(self, error: KVCacheFullError) -> None:
+        """End the sequence that was admitted last: the memory that all share is full."""
+        youngest = next(reversed(self._running.values()))
+        if youngest.slot is not None and self.stepper.progress(youngest.slot)[3] > 0:
+            self._retire(youngest, "length", None)
+        else:
+            self._fail(youngest.request, error)
 
     def _recover(self) -> None:
-        """Look at every sequence: a signal came between the core's step and ours."""
+        """Finish what a signal has cut short: it came between the core's work and ours."""
+        for slot in self._idle():
+            self.stepper.release(slot)
         for sequence in list(self._running.values()):
             self._collect(sequence)
         self._interrupted = False
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.stepper.n_slots:
-            sequence = self._waiting.popleft()
+            # It leaves the queue last: a signal in between must not lose it.
+            sequence = self._waiting[0]
             try:
-                self._assign(sequence)
+                if sequence.slot is None or self._running.get(sequence.slot) is not sequence:
+                    self._assign(sequence)
             except LlamaCrabError as error:
                 self._fail(sequence.request, error)
+            else:
+                self._waiting.popleft()
 
     def _assign(self, sequence: Sequence) -> None:
         request = sequence.request
         greedy = request.sampler.is_greedy and not request.logit_bias
-        sampler = None if greedy else request.sampler.compile(
-            self.context.model, request.seed, request.logit_bias, choice=sequence.index
+        sampler = (
+            None
+            if greedy
+            else request.sampler.compile(
+                self.context.model, request.seed, request.logit_bias, choice=sequence.index
+            )
         )
         leader = self._leader(request)
         reuse = request.cache_prompt and not request.prompt_logprobs and leader < 0
@@ -148,7 +163,7 @@ class Scheduler:
         self._running[slot] = sequence
 
     def _leader(self, request: Request) -> int:
-        """The slot that is prefilling the same request's prompt, or -1."""
+        """Return the slot that is prefilling the same request's prompt, or -1."""
         for other in request.sequences:
             if other.slot is not None and self.stepper.progress(other.slot)[3] == 0:
                 return other.slot
@@ -168,6 +183,7 @@ class Scheduler:
         if reason is None:
             self._tell(sequence, text)
         elif reason == "error":
+            self._tell(sequence, text)
             self._fail(request, SamplerError(self.stepper.error(slot)))
         elif reason == "stop_token":
             self._retire(sequence, "stop", token, text)
@@ -188,8 +204,18 @@ class Scheduler:
         if not request.stream or slot is None:
             return
         told = sequence.n_tokens_told
-        tokens = tuple(sequence.tokens[told:] if last else self.stepper.generated(slot, told))
-        raw = self.stepper.logprobs(slot, told)[: len(tokens)] if request.logprobs is not None else []
+        if last:
+            tokens = tuple(sequence.tokens[told:])
+        else:
+            # Tokens that may yet turn out to spell a stop string wait with their text.
+            ends = self.stepper.text_ends(slot, told)
+            starts = [sequence.n_bytes_told, *ends[:-1]]
+            n = sum(start < sequence.stream.end for start in starts)
+            if n == 0 and not text:
+                return
+            tokens = tuple(self.stepper.generated(slot, told)[:n])
+            sequence.n_bytes_told = ends[n - 1] if n else sequence.n_bytes_told
+        raw = [] if request.logprobs is None else self.stepper.logprobs(slot, told)[: len(tokens)]
         sequence.n_tokens_told = told + len(tokens)
         request.news.append(News(sequence, text, tokens, raw, last))
 
@@ -220,7 +246,7 @@ class Scheduler:
         self._tell(sequence, text, last=True)
         self.stepper.release(slot)
         self._cache.touch(slot)
-        del self._running[slot]
+        self._running.pop(slot, None)
         sequence.slot = None
         request = sequence.request
         if all(other.finish_reason is not None for other in request.sequences):

@@ -12,8 +12,16 @@ class TextStream:
     that cannot become part of a stop string. Bytes that are no UTF-8 become U+FFFD.
     """
 
-    __slots__ = ("_decoder", "_firsts", "_include_stop", "_longest", "_pending", "_stops", "end",
-                 "stop")
+    __slots__ = (
+        "_decoder",
+        "_firsts",
+        "_include_stop",
+        "_longest",
+        "_pending",
+        "_stops",
+        "end",
+        "stop",
+    )
 
     def __init__(self, stops: tuple[str, ...], include_stop: bool = False) -> None:
         self._stops = tuple(stop.encode() for stop in stops)
@@ -57,16 +65,16 @@ class TextStream:
         return self._decoder.decode(rest, final=True)
 
     def _find_stop(self) -> tuple[int, bytes] | None:
-        """The stop string that begins first; of several at one place, the longest."""
-        best: tuple[int, bytes] | None = None
-        for stop in self._stops:
-            at = self._pending.find(stop)
-            if at >= 0 and (best is None or (at, -len(stop)) < (best[0], -len(best[1]))):
-                best = (at, stop)
-        return best
+        """Return the stop string that is complete first; of several that end together, the longest.
+
+        So the answer does not depend on where the tokens' borders are.
+        """
+        hits = [(self._pending.find(stop), stop) for stop in self._stops]
+        complete = [hit for hit in hits if hit[0] >= 0]
+        return min(complete, key=lambda hit: (hit[0] + len(hit[1]), hit[0]), default=None)
 
     def _possible_stop(self) -> int:
-        """Where a stop string may have begun that later bytes complete; else the end."""
+        """Return where a stop string may have begun that later bytes complete; else the end."""
         pending = self._pending
         for at in range(max(0, len(pending) - self._longest + 1), len(pending)):
             if pending[at] in self._firsts:

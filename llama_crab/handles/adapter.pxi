@@ -39,8 +39,9 @@ cdef class LoraAdapter:
 
         Wraps ``llama_adapter_lora_free``.
         """
+        cdef nat.AdapterPtr share = move(self._c_adapter)
         with nogil:
-            self._c_adapter.reset()
+            share.reset()
 
     @property
     def closed(self):
@@ -83,3 +84,56 @@ cdef class LoraAdapter:
         cdef const int32_t *ids = lib.llama_adapter_get_alora_invocation_tokens(adapter)
         cdef uint64_t i
         return tuple([ids[i] for i in range(n)])
+
+
+cdef object _set_adapters(Context context, object adapters):
+    cdef vector[nat.AdapterPtr] pointers
+    cdef vector[float] scales
+    cdef nat.Status status
+    cdef uint64_t mark = nat.log_mark()
+    cdef LoraAdapter adapter
+    for item, scale in adapters.items():
+        adapter = <LoraAdapter?> item
+        adapter._require_open()
+        if adapter._model is not context._model:
+            raise errors.AdapterError("the adapter was loaded for another Model")
+        pointers.push_back(adapter._c_adapter)
+        scales.push_back(_number("scale", scale))
+    cdef nat.ContextHandle *handle = context._enter(True)
+    with nogil:
+        nat.set_adapters(deref(handle), pointers, scales, status)
+    handle.leave()
+    if status.kind != nat.STATUS_OK:
+        raise _error(errors.AdapterError, status, mark, _str(status.message))
+    context._adapters = list(adapters)
+
+
+cdef object _set_control_vector(Context context, object data, object il_start, object il_end):
+    cdef Py_buffer view
+    cdef nat.Status status
+    cdef uint64_t mark = nat.log_mark()
+    cdef int32_t n_embd = context._model.n_embd
+    cdef int32_t last = context._model.n_layer - 1 if il_end is None else il_end
+    cdef int32_t first = il_start
+    cdef nat.ContextHandle *handle = context._enter(True)
+    try:
+        if data is None:
+            nat.set_control_vector(deref(handle), NULL, 0, n_embd, -1, -1, status)
+        else:
+            PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO | PyBUF_FORMAT)
+            try:
+                if view.format[0] != c"f" or (view.len // 4) % n_embd != 0:
+                    raise errors.AdapterError(
+                        f"a control vector is float32 rows of {n_embd} values")
+                if not 1 <= first <= last < context._model.n_layer:
+                    raise errors.AdapterError(
+                        f"layers {first}..{last} are outside 1..{context._model.n_layer - 1}")
+                nat.set_control_vector(
+                    deref(handle), <float *> view.buf, view.len // 4, n_embd, first, last,
+                    status)
+            finally:
+                PyBuffer_Release(&view)
+    finally:
+        handle.leave()
+    if status.kind != nat.STATUS_OK:
+        raise _error(errors.AdapterError, status, mark, _str(status.message))

@@ -1,32 +1,6 @@
 cdef dict _POOLING_NAMES = {value: name for name, value in _POOLING_TYPES.items()}
 
 
-cdef int _refuse_larger_than_memory(
-        Model model, lib.llama_context_params *c) except -1:
-    # Linux grants allocations that it cannot back and kills the process later, so a KV cache that
-    # exceeds the whole machine is refused first. Recurrent states and windowed caches are smaller
-    # than this estimate; they are left to llama.cpp.
-    if not hasattr(os, "sysconf") or model.is_recurrent or model.is_hybrid:
-        return 0
-    if (lib.llama_supports_gpu_offload() and c.offload_kqv) or (model.n_swa > 0 and not c.swa_full):
-        return 0
-    cdef dict metadata = model.metadata
-    arch = metadata.get("general.architecture", "")
-    head = model.n_embd // max(1, model.n_head)
-    width = (int(metadata.get(f"{arch}.attention.key_length", head))
-             + int(metadata.get(f"{arch}.attention.value_length", head)))
-    # 4-bit types are the smallest that llama.cpp allows here.
-    bits = 4 if c.type_k not in (_KV_TYPES["f32"], _KV_TYPES["f16"], _KV_TYPES["bf16"]) else 16
-    n_ctx = c.n_ctx or model.n_ctx_train
-    needed = n_ctx * model.n_layer * model.n_head_kv * width * bits // 8
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > total:
-        raise errors.OutOfMemoryError(
-            f"n_ctx={n_ctx} needs about {needed / 2**30:.1f} GiB for its KV cache, "
-            f"the machine has {total / 2**30:.1f} GiB")
-    return 0
-
-
 @cython.final
 cdef class Context:
     """A KV cache and compute buffers over a `Model`.
@@ -91,11 +65,8 @@ cdef class Context:
         if handle.broken:
             raise errors.DecodeError(
                 "an assertion of llama.cpp failed in this context; its state is unknown: close it")
-        if writes and handle.exports() > 0:
-            raise BufferError(
-                f"{handle.exports()} buffer(s) over logits or embeddings are alive; release them "
-                "(`with ctx.logits() as row:`), copy them (`ctx.copy_logits(out=...)`), "
-                "or sample in C")
+        if writes:
+            _refuse_exports(handle)
         if not handle.try_enter():
             raise errors.ContextBusyError("another thread is using this context")
         return handle
@@ -113,11 +84,17 @@ cdef class Context:
         """
         if self._c_ctx == NULL:
             return
-        if self._c_ctx.get().generation == nat.fork_generation:
-            self._enter(True).leave()
+        cdef nat.ContextHandle *handle = self._c_ctx.get()
+        if handle.generation == nat.fork_generation:
+            _refuse_exports(handle)
+            if not handle.try_enter():
+                raise errors.ContextBusyError("another thread is using this context")
+            handle.leave()
         self._adapters = []
+        # Taken away under the GIL: no thread may meet the pointer while it is being freed.
+        cdef nat.ContextPtr share = move(self._c_ctx)
         with nogil:
-            self._c_ctx.reset()
+            share.reset()
 
     @property
     def closed(self):
@@ -248,6 +225,9 @@ cdef class Context:
         cdef nat.ContextHandle *handle = self._enter(True)
         try:
             batch._require_open()
+            if (encode and lib.llama_get_memory(handle.ctx) != NULL
+                    and not lib.llama_model_has_encoder(handle.model.get().model)):
+                raise errors.InvalidBatchError("the model has no encoder: use decode")
             limit = lib.llama_n_batch(handle.ctx)
             whole = encode or not lib.llama_get_causal_attn(handle.ctx)
             if whole:
@@ -351,13 +331,16 @@ cdef class Context:
         For contexts with pooling ``none``. Raises IndexError.
         Lifetime: until the next decode; see `Embeddings`. Wraps ``llama_get_embeddings_ith``.
         """
-        cdef float *data
+        cdef float *data = NULL
         cdef nat.ContextHandle *handle = self._enter(False)
-        with nogil:
-            data = lib.llama_get_embeddings_ith(handle.ctx, i)
+        # With pooling the rows of single tokens exist but are never filled.
+        if lib.c_pooling_type(handle.ctx) == lib.LLAMA_POOLING_TYPE_NONE:
+            with nogil:
+                data = lib.llama_get_embeddings_ith(handle.ctx, i)
         handle.leave()
         if data == NULL:
-            raise IndexError(f"the last batch has no embedding for index {i}")
+            raise IndexError(
+                f"the last batch has no embedding for index {i} (pooling {self.pooling_type})")
         return _new_view(Embeddings, self, data, self._model.n_embd_out)
 
     def embeddings_seq(self, seq_id):
@@ -389,23 +372,7 @@ cdef class Context:
         `partial_only` saves only what cannot be cut back (sliding window, recurrent state).
         Raises `StateError`. Wraps ``llama_state_get_data``, ``llama_state_seq_get_data_ext``.
         """
-        cdef int32_t seq = -1
-        cdef vector[uint8_t] data
-        cdef nat.Status status
-        cdef uint64_t mark = nat.log_mark()
-        if seq_id is not None:
-            self._require_seq(_integer("seq_id", seq_id, 0, (1 << 31) - 1))
-            seq = seq_id
-        elif partial_only:
-            raise ValueError("partial_only needs a seq_id")
-        cdef uint32_t flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial_only else 0
-        cdef nat.ContextHandle *handle = self._enter(False)
-        with nogil:
-            nat.state_get(deref(handle), seq, flags, data, status)
-        handle.leave()
-        if status.kind != nat.STATUS_OK:
-            raise _error(errors.StateError, status, mark, _str(status.message))
-        return PyBytes_FromStringAndSize(<char *> data.data(), data.size())
+        return _state_get(self, seq_id, partial_only)
 
     def state_set(self, data, seq_id=None, *, bint partial_only=False):
         """Restore what `state_get` returned, into this context or into sequence `seq_id`.
@@ -413,96 +380,28 @@ cdef class Context:
         Raises `StateError` for data of another model or shape, or damaged data.
         Wraps ``llama_state_set_data``, ``llama_state_seq_set_data_ext``.
         """
-        cdef int32_t seq = -1
-        cdef Py_buffer view
-        cdef nat.Status status
-        cdef uint64_t mark = nat.log_mark()
-        if seq_id is not None:
-            self._require_seq(_integer("seq_id", seq_id, 0, (1 << 31) - 1))
-            seq = seq_id
-        elif partial_only:
-            raise ValueError("partial_only needs a seq_id")
-        cdef uint32_t flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial_only else 0
-        cdef nat.ContextHandle *handle = self._enter(True)
-        try:
-            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-            try:
-                with nogil:
-                    nat.state_set(
-                        deref(handle), seq, flags, <uint8_t *> view.buf, view.len, status)
-            finally:
-                PyBuffer_Release(&view)
-        finally:
-            handle.leave()
-        if status.kind != nat.STATUS_OK:
-            raise _error(errors.StateError, status, mark, _str(status.message))
+        _state_set(self, data, seq_id, partial_only)
 
     def state_save(self, path, tokens, seq_id=None):
         """Write the state (of one sequence) and the `tokens` it stands for to a file.
 
         Raises `StateError`. Wraps ``llama_state_save_file``, ``llama_state_seq_save_file``.
         """
-        cdef int32_t seq = -1
-        cdef vector[int32_t] ids
-        cdef string name = _path_bytes(path)
-        cdef nat.Status status
-        cdef uint64_t mark = nat.log_mark()
-        _tokens(tokens, ids)
-        if seq_id is not None:
-            self._require_seq(_integer("seq_id", seq_id, 0, (1 << 31) - 1))
-            seq = seq_id
-        cdef nat.ContextHandle *handle = self._enter(False)
-        with nogil:
-            nat.state_save_file(deref(handle), seq, name, ids, status)
-        handle.leave()
-        if status.kind != nat.STATUS_OK:
-            raise _error(errors.StateError, status, mark, f"cannot save {os.fsdecode(path)}")
+        _state_save(self, path, tokens, seq_id)
 
     def state_load(self, path, seq_id=None):
         """Restore what `state_save` wrote; return its tokens as a list of int.
 
         Raises `StateError`. Wraps ``llama_state_load_file``, ``llama_state_seq_load_file``.
         """
-        cdef int32_t seq = -1
-        cdef vector[int32_t] ids
-        cdef string name = _path_bytes(path)
-        cdef nat.Status status
-        cdef uint64_t mark = nat.log_mark()
-        if seq_id is not None:
-            self._require_seq(_integer("seq_id", seq_id, 0, (1 << 31) - 1))
-            seq = seq_id
-        cdef nat.ContextHandle *handle = self._enter(True)
-        with nogil:
-            nat.state_load_file(deref(handle), seq, name, ids, status)
-        handle.leave()
-        if status.kind != nat.STATUS_OK:
-            raise _error(errors.StateError, status, mark, f"cannot load {os.fsdecode(path)}")
-        return ids
+        return _state_load(self, path, seq_id)
 
     def set_adapters(self, adapters):
         """Use these LoRA adapters: a mapping of `LoraAdapter` to scale; empty removes all.
 
         Raises `AdapterError`. Wraps ``llama_set_adapters_lora``.
         """
-        cdef vector[nat.AdapterPtr] pointers
-        cdef vector[float] scales
-        cdef nat.Status status
-        cdef uint64_t mark = nat.log_mark()
-        cdef LoraAdapter adapter
-        for item, scale in adapters.items():
-            adapter = <LoraAdapter?> item
-            adapter._require_open()
-            if adapter._model is not self._model:
-                raise errors.AdapterError("the adapter was loaded for another Model")
-            pointers.push_back(adapter._c_adapter)
-            scales.push_back(_number("scale", scale))
-        cdef nat.ContextHandle *handle = self._enter(True)
-        with nogil:
-            nat.set_adapters(deref(handle), pointers, scales, status)
-        handle.leave()
-        if status.kind != nat.STATUS_OK:
-            raise _error(errors.AdapterError, status, mark, _str(status.message))
-        self._adapters = list(adapters)
+        _set_adapters(self, adapters)
 
     def set_control_vector(self, data, il_start=1, il_end=None):
         """Apply a control vector: float32 of n_embd values per layer from layer 1; None removes it.
@@ -510,34 +409,7 @@ cdef class Context:
         It acts on layers `il_start` to `il_end`, both included. Raises `AdapterError`.
         Wraps ``llama_set_adapter_cvec``.
         """
-        cdef Py_buffer view
-        cdef nat.Status status
-        cdef uint64_t mark = nat.log_mark()
-        cdef int32_t n_embd = self._model.n_embd
-        cdef int32_t last = self._model.n_layer - 1 if il_end is None else il_end
-        cdef int32_t first = il_start
-        cdef nat.ContextHandle *handle = self._enter(True)
-        try:
-            if data is None:
-                nat.set_control_vector(deref(handle), NULL, 0, n_embd, -1, -1, status)
-            else:
-                PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO | PyBUF_FORMAT)
-                try:
-                    if view.format[0] != c"f" or (view.len // 4) % n_embd != 0:
-                        raise errors.AdapterError(
-                            f"a control vector is float32 rows of {n_embd} values")
-                    if not 1 <= first <= last < self._model.n_layer:
-                        raise errors.AdapterError(
-                            f"layers {first}..{last} are outside 1..{self._model.n_layer - 1}")
-                    nat.set_control_vector(
-                        deref(handle), <float *> view.buf, view.len // 4, n_embd, first, last,
-                        status)
-                finally:
-                    PyBuffer_Release(&view)
-        finally:
-            handle.leave()
-        if status.kind != nat.STATUS_OK:
-            raise _error(errors.AdapterError, status, mark, _str(status.message))
+        _set_control_vector(self, data, il_start, il_end)
 
     def perf(self):
         """Return llama.cpp's own counters as a dict: times in ms, counts in tokens.
@@ -554,15 +426,3 @@ cdef class Context:
     def perf_reset(self):
         """Zero the counters. Wraps ``llama_perf_context_reset``."""
         lib.llama_perf_context_reset(self._require_open().ctx)
-
-
-cdef object _copy_row(_FloatView row, object out):
-    cdef Py_buffer view
-    PyObject_GetBuffer(out, &view, PyBUF_CONTIG_RO | PyBUF_FORMAT | PyBUF_WRITABLE)
-    try:
-        if view.format[0] != c"f" or view.len != row._n * 4:
-            raise ValueError(f"out must be a writable float32 buffer of {row._n} values")
-        memcpy(view.buf, row._data, view.len)
-    finally:
-        PyBuffer_Release(&view)
-    return out

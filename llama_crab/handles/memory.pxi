@@ -20,15 +20,24 @@ cdef class Memory:
         raise TypeError("use context.memory")
 
     cdef lib.llama_memory_t _enter(self, nat.ContextHandle **handle) except NULL:
-        handle[0] = self._context._enter(False)
+        handle[0] = self._require_context()._enter(False)
         cdef lib.llama_memory_t memory = lib.llama_get_memory(handle[0].ctx)
         if memory == NULL:
             handle[0].leave()
             raise errors.StateError("this model keeps no memory")
         return memory
 
+    cdef Context _require_context(self):
+        if self._context is None:  # made by __new__ alone
+            raise errors.ClosedError("use context.memory")
+        self._context._require_open()
+        return self._context
+
     def __repr__(self):
         return f"<Memory of {self._context!r}>"
+
+    def __reduce__(self):
+        raise TypeError("a Memory cannot be pickled; see Context.state_get")
 
     def clear(self, bint data=True):
         """Forget all sequences; `data` also zeroes the buffers. Wraps ``llama_memory_clear``."""
@@ -47,7 +56,7 @@ cdef class Memory:
         cdef nat.ContextHandle *handle
         cdef bint done
         if seq_id != -1:
-            self._context._require_seq(seq_id)
+            self._require_context()._require_seq(seq_id)
         cdef int32_t seq = seq_id
         cdef lib.llama_memory_t memory = self._enter(&handle)
         with nogil:
@@ -62,8 +71,8 @@ cdef class Memory:
         Wraps ``llama_memory_seq_cp``.
         """
         cdef nat.ContextHandle *handle
-        self._context._require_seq(seq_id_src)
-        self._context._require_seq(seq_id_dst)
+        self._require_context()._require_seq(seq_id_src)
+        self._require_context()._require_seq(seq_id_dst)
         cdef int32_t src = seq_id_src
         cdef int32_t dst = seq_id_dst
         if not self._context._kv_unified and src != dst and (p0 > 0 or p1 >= 0):
@@ -78,11 +87,17 @@ cdef class Memory:
     def seq_keep(self, seq_id):
         """Forget every other sequence. Wraps ``llama_memory_seq_keep``."""
         cdef nat.ContextHandle *handle
-        self._context._require_seq(seq_id)
+        self._require_context()._require_seq(seq_id)
         cdef int32_t seq = seq_id
         cdef lib.llama_memory_t memory = self._enter(&handle)
+        cdef int32_t other
         with nogil:
             lib.llama_memory_seq_keep(memory, seq)
+            # Without kv_unified it acts on the stream of `seq` only.
+            if not self._context._kv_unified:
+                for other in range(self._context._n_seq_max):
+                    if other != seq:
+                        lib.llama_memory_seq_rm(memory, other, -1, -1)
         handle.leave()
 
     def seq_add(self, seq_id, int32_t p0, int32_t p1, int32_t delta):
@@ -91,7 +106,7 @@ cdef class Memory:
         Wraps ``llama_memory_seq_add``.
         """
         cdef nat.ContextHandle *handle
-        self._context._require_seq(seq_id)
+        self._require_context()._require_seq(seq_id)
         cdef int32_t seq = seq_id
         cdef lib.llama_memory_t memory = self._enter(&handle)
         cdef bint can = lib.llama_memory_can_shift(memory)
@@ -105,7 +120,7 @@ cdef class Memory:
     def seq_div(self, seq_id, int32_t p0, int32_t p1, int32_t d):
         """Divide positions of a sequence by `d` >= 1. Wraps ``llama_memory_seq_div``."""
         cdef nat.ContextHandle *handle
-        self._context._require_seq(seq_id)
+        self._require_context()._require_seq(seq_id)
         if d < 1:
             raise ValueError(f"d={d} must be at least 1")
         cdef int32_t seq = seq_id
@@ -119,18 +134,18 @@ cdef class Memory:
             raise errors.StateError("positions of this model cannot be divided")
 
     def seq_pos_min(self, seq_id):
-        """Return the smallest position in memory, -1 if empty. Wraps ``llama_memory_seq_pos_min``."""
+        """Return the smallest position held, -1 if none. Wraps ``llama_memory_seq_pos_min``."""
         cdef nat.ContextHandle *handle
-        self._context._require_seq(seq_id)
+        self._require_context()._require_seq(seq_id)
         cdef lib.llama_memory_t memory = self._enter(&handle)
         pos = lib.llama_memory_seq_pos_min(memory, seq_id)
         handle.leave()
         return pos
 
     def seq_pos_max(self, seq_id):
-        """Return the largest position in memory, -1 if empty. Wraps ``llama_memory_seq_pos_max``."""
+        """Return the largest position held, -1 if none. Wraps ``llama_memory_seq_pos_max``."""
         cdef nat.ContextHandle *handle
-        self._context._require_seq(seq_id)
+        self._require_context()._require_seq(seq_id)
         cdef lib.llama_memory_t memory = self._enter(&handle)
         pos = lib.llama_memory_seq_pos_max(memory, seq_id)
         handle.leave()

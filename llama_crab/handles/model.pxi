@@ -67,8 +67,10 @@ cdef class Model:
 
         Wraps ``llama_model_free``.
         """
+        # Taken away under the GIL: no thread may meet the pointer while it is being freed.
+        cdef nat.ModelPtr share = move(self._c_model)
         with nogil:
-            self._c_model.reset()
+            share.reset()
 
     @property
     def closed(self):
@@ -171,7 +173,7 @@ cdef class Model:
 
     @property
     def n_cls_out(self):
-        """Classifier outputs (1 for models without a classifier). Wraps ``llama_model_n_cls_out``."""
+        """Classifier outputs, 1 without a classifier. Wraps ``llama_model_n_cls_out``."""
         return lib.llama_model_n_cls_out(self._require_open())
 
     @property
@@ -266,7 +268,8 @@ cdef class Model:
         cdef uint64_t mark = nat.log_mark()
         if self.vocab_only or self.no_alloc:
             raise ValueError("the model was loaded without weights")
+        cdef nat.ModelPtr share = self._c_model  # lives on if another thread closes this object
         with nogil:
-            nat.save_model(deref(self._c_model), name, status)
+            nat.save_model(deref(share), name, status)
         if status.kind != nat.STATUS_OK:
             raise _error(errors.ModelLoadError, status, mark, f"cannot write {os.fsdecode(path)}")

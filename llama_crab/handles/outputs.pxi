@@ -25,6 +25,8 @@ cdef class _FloatView:
         return f"<{type(self).__name__} shape=({self._n},) float32>"
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
+        if self._c_ctx == NULL:  # made by __new__ alone
+            raise BufferError("use Context.logits or Context.embeddings")
         _check_generation(self._c_ctx.get().generation)
         if self._epoch != self._c_ctx.get().epoch():
             raise BufferError("stale: the context has decoded since this row was taken")
@@ -82,3 +84,15 @@ cdef class Logits(_FloatView):
 @cython.final
 cdef class Embeddings(_FloatView):
     """An embedding: float32, shape (n_embd_out,). Wraps ``llama_get_embeddings_ith``."""
+
+
+cdef object _copy_row(_FloatView row, object out):
+    cdef Py_buffer view
+    PyObject_GetBuffer(out, &view, PyBUF_CONTIG_RO | PyBUF_FORMAT | PyBUF_WRITABLE)
+    try:
+        if view.format[0] != c"f" or view.len != row._n * 4:
+            raise ValueError(f"out must be a writable float32 buffer of {row._n} values")
+        memcpy(view.buf, row._data, view.len)
+    finally:
+        PyBuffer_Release(&view)
+    return out

@@ -142,7 +142,10 @@ cdef class Sampler:
         self._stages.append(stage)
 
     def remove(self, int index):
-        """Take stage `index` out of the chain and return it. Wraps ``llama_sampler_chain_remove``."""
+        """Take stage `index` out of the chain and return it.
+
+        Wraps ``llama_sampler_chain_remove``.
+        """
         self._require_open()
         if self._stages is None or not 0 <= index < len(self._stages):
             raise IndexError(index)
@@ -160,6 +163,8 @@ cdef class Sampler:
         self._require_open()
         if self._stages is None:
             raise TypeError("only a chain has stages")
+        if not 0 <= index < len(self._stages):  # the compiler directives leave it to us
+            raise IndexError(index)
         return self._stages[index]
 
     def clone(self):

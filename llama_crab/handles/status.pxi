@@ -42,9 +42,10 @@ cdef int _tokens(object tokens, vector[int32_t]& out) except -1:
     cdef Py_buffer view
     cdef int64_t value
     if PyObject_CheckBuffer(tokens) and not isinstance(tokens, (bytes, bytearray)):
-        PyObject_GetBuffer(tokens, &view, PyBUF_CONTIG_RO | PyBUF_FORMAT)
+        PyObject_GetBuffer(tokens, &view, PyBUF_STRIDED_RO | PyBUF_FORMAT)
         try:
-            if view.ndim == 1 and view.itemsize == 4 and view.format[0] in b"il":
+            if (view.ndim == 1 and view.itemsize == 4 and view.format[0] in b"il"
+                    and PyBuffer_IsContiguous(&view, c"C")):
                 out.resize(view.len // 4)
                 if view.len > 0:
                     memcpy(out.data(), view.buf, view.len)
@@ -54,7 +55,7 @@ cdef int _tokens(object tokens, vector[int32_t]& out) except -1:
     out.clear()
     try:
         for item in tokens:
-            value = item
+            value = PyNumber_Index(item)
             if value < -2147483648 or value > 2147483647:
                 raise OverflowError
             out.push_back(<int32_t> value)

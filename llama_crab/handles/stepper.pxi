@@ -147,6 +147,10 @@ cdef class Stepper:
         cdef nat.CStepper *stepper = self._require_open()
         cdef nat.Status status
         cdef uint64_t mark = nat.log_mark()
+        cdef int i
+        for i in range(stepper.n_slots()):
+            if stepper.slot(i).active and self._samplers[i] is not None:
+                (<Sampler> self._samplers[i])._require_open()
         cdef nat.ContextHandle *handle = self._context._enter(True)
         try:
             with nogil:
@@ -228,11 +232,13 @@ cdef class Stepper:
         cdef size_t j
         return [slot.tokens[j] for j in range(slot.n_prompt + start, slot.tokens.size())]
 
-    def text_ends(self, int i):
-        """Return the byte offset after each generated token of slot `i`, as a list."""
+    def text_ends(self, int i, size_t start=0):
+        """Return the byte offset after each generated token from the `start`-th on, as a list."""
         cdef nat.CStepper *stepper = self._require_open()
         self._require_slot(i)
-        return stepper.slot(i).text_ends
+        cdef const nat.Slot *slot = &stepper.slot(i)
+        cdef size_t j
+        return [slot.text_ends[j] for j in range(start, slot.text_ends.size())]
 
     def logprobs(self, int i, size_t start=0):
         """Return ``[(logprob, [(id, logprob), ...]), ...]`` per generated token from `start` on.

@@ -40,6 +40,8 @@ cdef class Vocab:
         raise TypeError("use model.vocab")
 
     cdef int _require_open(self) except -1:
+        if self._c_model == NULL:  # made by __new__ alone
+            raise errors.ClosedError("use model.vocab")
         _check_generation(self._c_model.get().generation)
         return 0
 
@@ -144,7 +146,7 @@ cdef class Vocab:
         return lib.llama_vocab_get_score(self._c_vocab, <int32_t> token)
 
     def attrs(self, int64_t token):
-        """Return the token's attributes as a frozenset of names. Wraps ``llama_vocab_get_attr``."""
+        """Return the names of the token's attributes. Wraps ``llama_vocab_get_attr``."""
         self._require_token(token)
         cdef int bits = lib.llama_vocab_get_attr(self._c_vocab, <int32_t> token)
         return frozenset(name for bit, name in _TOKEN_ATTRS.items() if bits & <int> bit)

@@ -1,9 +1,11 @@
 #include "handles.h"
 
+#include <cerrno>
 #include <cstdio>
 #include <cstring>
 
 #include "ggml-cpu.h"
+#include "gguf_check.h"
 
 namespace llama_crab {
 
@@ -25,6 +27,7 @@ ModelPtr load_model(const std::vector<std::string> & paths, llama_model_params p
                     Status & status) noexcept {
     ModelPtr result;
     guarded(status, [&] {
+        check_gguf(paths, params.kv_overrides);
         std::vector<const char *> names;
         for (const std::string & path : paths) {
             names.push_back(path.c_str());
@@ -42,7 +45,24 @@ ModelPtr load_model(const std::vector<std::string> & paths, llama_model_params p
 }
 
 void save_model(const ModelHandle & model, const std::string & path, Status & status) noexcept {
-    guarded(status, [&] { llama_model_save_to_file(model.model, path.c_str()); });
+    guarded(status, [&] {
+        // llama.cpp says nothing when it cannot write, so the file is asked before and after.
+        std::FILE * file = std::fopen(path.c_str(), "wb");
+        if (file == nullptr) {
+            throw std::runtime_error(std::strerror(errno));
+        }
+        std::fclose(file);
+        llama_model_save_to_file(model.model, path.c_str());
+        file = std::fopen(path.c_str(), "rb");
+        const bool whole = file != nullptr && std::fseek(file, 0, SEEK_END) == 0 &&
+                           (uint64_t) std::ftell(file) >= llama_model_size(model.model);
+        if (file != nullptr) {
+            std::fclose(file);
+        }
+        if (!whole) {
+            throw std::runtime_error("the file could not be written in full");
+        }
+    });
 }
 
 namespace {
@@ -63,7 +83,10 @@ ContextHandle::~ContextHandle() {
     --live.contexts;
     if (generation == fork_generation) {
         llama_free(ctx);
-        free_threadpools();
+        if (!broken) {
+            // After an assertion the workers may wait at a barrier for ever: joining them would hang.
+            free_threadpools();
+        }
     }
 }
 

@@ -1,6 +1,9 @@
 #include "row_sampler.h"
 
+#include <algorithm>
+#include <cstdio>
 #include <cstring>
+#include <limits>
 
 #include "logits_row.h"
 
@@ -29,7 +32,13 @@ llama_token RowSampler::sample(llama_sampler * chain, const float * row, int32_t
                                        "such as dist or greedy, and a candidate to select");
             return;
         }
-        token = array.data[array.selected].id;
+        const llama_token_data & chosen = array.data[array.selected];
+        if (!(chosen.logit > -std::numeric_limits<float>::infinity())) {
+            status.set(Status::failed, "no candidate is left: the sampler's stages, the grammar or "
+                                       "the banned tokens exclude every one");
+            return;
+        }
+        token = chosen.id;
         llama_sampler_accept(chain, token);
     });
     return status.kind == Status::ok ? token : LLAMA_TOKEN_NULL;
@@ -60,6 +69,36 @@ void apply_sampler(llama_sampler * sampler, llama_token_data_array & candidates,
     guarded(status, [&] { llama_sampler_apply(sampler, &candidates); });
 }
 
+namespace {
+
+// llama.cpp's parser recurses at "(", and takes {5,1} for 2^64 repetitions. Throws on both.
+void check_grammar(const std::string & text) {
+    constexpr int max_depth = 256;
+    int           depth     = 0;
+    for (size_t i = 0; i < text.size(); ++i) {
+        const char c = text[i];
+        if (c == '#') {
+            i = std::min(text.find('\n', i), text.size());
+        } else if (c == '"' || c == '[') {
+            const char end = c == '"' ? '"' : ']';
+            for (++i; i < text.size() && text[i] != end; ++i) {
+                i += text[i] == '\\';
+            }
+        } else if (c == '(' && ++depth > max_depth) {
+            throw std::runtime_error("more than " + std::to_string(max_depth) + " nested groups");
+        } else if (c == ')') {
+            --depth;
+        } else if (c == '{') {
+            unsigned long long least = 0, most = 0;
+            if (std::sscanf(text.c_str() + i, "{ %llu , %llu", &least, &most) == 2 && most < least) {
+                throw std::runtime_error("a repetition has a maximum below its minimum");
+            }
+        }
+    }
+}
+
+}  // namespace
+
 llama_sampler * new_grammar(const llama_vocab * vocab, const std::string & grammar,
                             const std::string & root, bool lazy,
                             const std::vector<std::string> & trigger_patterns,
@@ -67,6 +106,7 @@ llama_sampler * new_grammar(const llama_vocab * vocab, const std::string & gramm
                             Status & status) noexcept {
     llama_sampler * sampler = nullptr;
     guarded(status, [&] {
+        check_grammar(grammar);
         if (lazy) {
             std::vector<const char *> patterns;
             for (const std::string & pattern : trigger_patterns) {

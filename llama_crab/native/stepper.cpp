@@ -72,7 +72,6 @@ int32_t Stepper::assign(int32_t i, SlotRequest request, Status & status) {
             llama_memory_seq_rm(memory_, i, -1, -1);
         }
     });
-    fresh.active   = true;
     fresh.n_prompt = (int32_t) fresh.tokens.size();
     fresh.n_past   = n_keep;
     fresh.n_cached = n_keep;
@@ -81,6 +80,7 @@ int32_t Stepper::assign(int32_t i, SlotRequest request, Status & status) {
     if (request.sampler != nullptr) {
         accept_prompt(request.sampler, fresh.tokens.data(), fresh.tokens.size(), status);
     }
+    fresh.active  = status.kind == Status::ok;
     fresh.request = std::move(request);
     fresh.request.prompt.clear();
     slots_[(size_t) i] = std::move(fresh);
@@ -139,12 +139,23 @@ void Stepper::plan(int32_t n_tokens_max) {
 }
 
 // A failed or aborted ubatch drops every sequence in it from its first position there, so what is
-// in memory is asked, not assumed. The dropped tokens are decoded again by the next plan.
+// in memory is asked, not assumed. The dropped tokens are decoded again by the next plan; so are
+// those of earlier ubatches that were to give a row, because a failed call keeps no rows.
 void Stepper::resync() {
     for (int32_t i = 0; i < n_slots(); ++i) {
         Slot & slot = slots_[(size_t) i];
         const int32_t n_in_memory = llama_memory_seq_pos_max(memory_, i) + 1;
-        slot.n_past = std::min((int32_t) slot.tokens.size(), n_in_memory);
+        int32_t n = std::min((int32_t) slot.tokens.size(), n_in_memory);
+        for (const Row & row : rows_) {
+            if (row.slot == i) {
+                n = std::min(n, row.target - 1);
+            }
+        }
+        if (n < n_in_memory && !llama_memory_seq_rm(memory_, i, n, -1)) {
+            llama_memory_seq_rm(memory_, i, -1, -1);
+            n = 0;
+        }
+        slot.n_past = n;
     }
 }
 
@@ -179,8 +190,12 @@ void Stepper::step(int32_t n_tokens_max, Status & status) {
                 slot.error = "llama.cpp returned no logits";
                 finish(row.slot, Finish::error);
             } else if (row.target < (int32_t) slot.tokens.size()) {
-                slot.prompt_logprobs.push_back(logprobs_of(
-                    logits, slot.tokens[(size_t) row.target], slot.request.n_logprobs));
+                // A prompt that is decoded again after an abort has given some of them already.
+                if ((int32_t) slot.prompt_logprobs.size() + 1 == row.target &&
+                    row.target < slot.n_prompt) {
+                    slot.prompt_logprobs.push_back(logprobs_of(
+                        logits, slot.tokens[(size_t) row.target], slot.request.n_logprobs));
+                }
             } else {
                 // Followers first: their copy must hold the prompt alone.
                 start_followers(row.slot, logits);

@@ -8,6 +8,7 @@ Mutation i depends on i alone. Before each one the line ``begin i what`` is prin
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import struct
@@ -15,6 +16,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from gguf.constants import GGML_QUANT_SIZES
 
 from llama_crab import _core
 from llama_crab.errors import LlamaCrabError
@@ -158,6 +161,29 @@ def retype(data: bytearray, layout: Layout, rng: random.Random) -> str:
     return f"{spot.what} = {new}"
 
 
+def change_type(data: bytearray, layout: Layout, rng: random.Random) -> str:
+    """Give a tensor another type and move all that follow, so that the file stays consistent."""
+    chosen = rng.randrange(len(layout.tensors))
+    what = ""
+    offset = 0
+    for index, (start, _) in enumerate(layout.tensors):
+        (n_name,) = struct.unpack_from("<Q", data, start)
+        (n_dims,) = struct.unpack_from("<I", data, start + 8 + n_name)
+        dims = struct.unpack_from(f"<{n_dims}Q", data, start + 12 + n_name)
+        type_at = start + 12 + n_name + 8 * n_dims
+        if index == chosen:
+            kind = rng.choice(list(GGML_QUANT_SIZES))
+            struct.pack_into("<I", data, type_at, kind)
+            what = f"type of {data[start + 8 : start + 8 + n_name].decode()} = {kind.name}"
+        (number,) = struct.unpack_from("<I", data, type_at)
+        struct.pack_into("<Q", data, type_at + 4, offset)
+        per_block, block_bytes = GGML_QUANT_SIZES[number]
+        n_bytes = math.prod(dims) // per_block * block_bytes
+        offset += n_bytes + -n_bytes % 32
+    data += bytes(max(0, layout.end + -layout.end % 32 + offset - len(data)))
+    return what
+
+
 def drop(data: bytearray, layout: Layout, rng: random.Random) -> str:
     """Take out a key or a tensor and keep the file consistent otherwise."""
     if rng.random() < 0.7:
@@ -183,7 +209,7 @@ def erase(data: bytearray, layout: Layout, rng: random.Random) -> str:
 
 KINDS: tuple[Callable[[bytearray, Layout, random.Random], str], ...] = (
     *(truncate, flip, flip, set_structure, set_structure, set_value, set_value, set_value),
-    *(set_two_values, set_element, retype, drop, erase),
+    *(set_two_values, set_element, retype, change_type, drop, erase),
 )
 
 

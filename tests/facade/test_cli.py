@@ -104,7 +104,7 @@ def test_a_seed_repeats_the_answer():
 def test_a_stop_string_ends_the_text(greedy_text):
     stop = greedy_text[len(greedy_text) // 2 :][:4]
     args = ("run", "-m", MODEL, "-n", "12", "--temp", "0", "--no-timings")
-    done = llama_crab(*args, "--stop", "\x00", "--stop", stop, PROMPT)
+    done = llama_crab(*args, "--stop", "@@@", "--stop", stop, PROMPT)
     assert done.stdout == greedy_text[: greedy_text.index(stop)] + "\n"
 
 

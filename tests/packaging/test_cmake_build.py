@@ -82,8 +82,8 @@ def test_link_line_is_read_from_cmake(tmp_path: Path) -> None:
         "  LINK_LIBRARIES = wrong/libwrong.a\n"
         "build bin/llama-mtmd-cli: CXX_EXECUTABLE_LINKER y.o | src/libllama.a\n"
         "  FLAGS = -O3\n"
-        "  LINK_LIBRARIES = -Wl,-rpath,/opt/cuda/lib64::  tools/mtmd/libmtmd.a  src/libllama.a  -ldl  "
-        "/opt/cuda/lib64/libcudart_static.a  -framework Metal\n"
+        "  LINK_LIBRARIES = -Wl,-rpath,/opt/cuda/lib64::  tools/mtmd/libmtmd.a  src/libllama.a  "
+        "-ldl  /opt/cuda/lib64/libcudart_static.a  -framework Metal\n"
         "  OBJECT_DIR = z\n"
     )
     linkage = cmake_build.linkage(tmp_path)
