@@ -36,7 +36,7 @@ def test_decode(
     theirs: list[float] = []
     overhead: list[float] = []
     with load(model_path, len(prompt) + N_GEN + 1, flash_attn) as llama:
-        stepper = llama._scheduler.stepper
+        stepper = llama._engine.scheduler.stepper
 
         def before() -> None:
             theirs.append(native.bench(
@@ -104,8 +104,8 @@ def test_overhead_is_flat(
     """What a token costs beyond llama_decode and sampling, early and late in a long answer."""
     marks: list[tuple[float, float]] = []
     with load(smollm2, 2304, True) as llama:
-        stepper = llama._scheduler.stepper
-        step = llama._scheduler.step
+        stepper = llama._engine.scheduler.stepper
+        step = llama._engine.scheduler.step
 
         def run() -> None:
             marks.clear()
@@ -115,7 +115,7 @@ def test_overhead_is_flat(
                 step()
                 marks.append((time.perf_counter() * 1e6, stepper.decode_us + stepper.sample_us))
 
-            llama._scheduler.step = counted  # type: ignore[method-assign]
+            llama._engine.scheduler.step = counted  # type: ignore[method-assign]
             options: dict[str, Any] = {
                 "sampler": SamplerChain.benchmark(), "ignore_eos": True, "cache_prompt": False,
             }

@@ -11,9 +11,10 @@ from .completion import (
     Usage,
 )
 from .errors import LlamaCrabError
-from .llama import CompletionStream, Llama
+from .llama import Llama
 from .params import LlamaParams, ParameterError
 from .sampling import SamplerChain
+from .stream import CompletionStream
 from .timings import CompletionTimings
 
 __all__ = [

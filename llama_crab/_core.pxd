@@ -45,7 +45,6 @@ cdef class Context:
     cdef nat.ContextPtr _c_ctx          # this object's share; null after close()
     cdef Model _model                   # strong: ctx.model must work
     cdef Memory _memory                 # made on first use
-    cdef list _adapters                 # strong: adapters in use by the context
     cdef int _embeddings                # llama_set_embeddings as last told
     cdef int _n_seq_max
     cdef bint _kv_unified

@@ -4,42 +4,21 @@ from __future__ import annotations
 
 import operator
 import os
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from . import _core, logs
-from .completion import (
-    Completion,
-    CompletionChunk,
-    Logprobs,
-    TextOffsets,
-    TokenLogprob,
-    Usage,
-)
-from .engine import Request, Scheduler
-from .engine.request import RawLogprobs, new_seed, token_logprobs
-from .errors import (
-    BackendUnavailableError,
-    ClosedError,
-    ContextLengthError,
-    InvalidTokenError,
-    LlamaCrabError,
-)
-from .hub import resolve_model
+from .completion import Completion, CompletionChunk
+from .engine import Engine, Request
+from .engine.request import new_seed
+from .errors import BackendUnavailableError, ContextLengthError, InvalidTokenError
 from .params import INT32_MAX, RANDOM_SEED, LlamaParams, ParameterError, require_integer
 from .sampling import SamplerChain
-from .timings import CompletionTimings
-from .tuning.probe import default_n_threads
+from .stream import CompletionStream
 
 Prompt = str | Sequence[int]
-Result = TypeVar("Result")
-
-# Long enough for a waiting thread to wake up, short beside a step.
-_HANDOVER_SEC = 50e-6
 
 
 class CompletionOptions(TypedDict, total=False):
@@ -85,6 +64,10 @@ class Llama:
         return llama
 
     def _open(self, params: LlamaParams) -> None:
+        # Not at import time: a program that only looks at names does not pay for them.
+        from .hub import resolve_model
+        from .tuning.probe import default_n_threads
+
         started = time.perf_counter()
         logs.set_verbose(params.verbose)
         path = resolve_model(params.model)
@@ -101,14 +84,10 @@ class Llama:
                 n_ctx_train=self._model.n_ctx_train, n_threads=default_n_threads()
             )
             self._context = _core.Context(self._model, **self.params.context_params())
-            self._scheduler = Scheduler(self._context)
+            self._engine = Engine(self._context)
         finally:
             logs.flush()
         self._vocab = self._model.vocab
-        self._lock = threading.Lock()
-        self._callers: dict[int, None] = {}
-        self._abandoned: deque[Request] = deque()
-        self._closed = False
         self._name = path.name
         self.load_sec = time.perf_counter() - started
         """Seconds that loading the model and creating the context took."""
@@ -130,15 +109,8 @@ class Llama:
 
     def close(self) -> None:
         """Free the context and the model; running requests end as cancelled. Idempotent."""
-        self._exclusively(self._close)
-
-    def _close(self) -> None:
-        if self._closed:
-            return
-        self._scheduler.cancel_all()
-        self._context.close()
+        self._engine.close()
         self._model.close()
-        self._closed = True
 
     def __enter__(self) -> Llama:
         return self
@@ -152,7 +124,7 @@ class Llama:
         self.close()
 
     def __repr__(self) -> str:
-        if self._closed:
+        if self._engine.closed:
             return f"<Llama {self._name} closed>"
         return f"<Llama {self._name} {self._model.desc!r} n_ctx={self.n_ctx}>"
 
@@ -303,7 +275,9 @@ class Llama:
             cache_prompt=cache_prompt,
             submit_us=begin_us,
         )
-        job = CompletionStream(self, request, echo_text if echo else "")
+        job = CompletionStream(
+            self._engine, request, self._vocab, echo_text if echo else "", self._name, self.load_sec
+        )
         if stream:
             return job
         with job:
@@ -381,236 +355,3 @@ class Llama:
         require_integer("min_tokens", min_tokens, (0, most))
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise ParameterError("stop: expected non-empty strings")
-
-    def _exclusively(self, work: Callable[..., Result], *args: Any) -> Result:
-        """Run `work` alone: one thread at a time drives the engine.
-
-        A thread that steps takes the lock again at once, so it first lets others have it.
-        """
-        me = threading.get_ident()
-        self._callers[me] = None
-        try:
-            with self._lock:
-                self._callers.pop(me, None)
-                return work(*args)
-        finally:
-            self._callers.pop(me, None)
-            if self._callers:
-                time.sleep(_HANDOVER_SEC)
-
-    def _submit(self, request: Request) -> None:
-        if self._closed:
-            raise ClosedError("the Llama is closed")
-        self._scheduler.submit(request)
-
-    def _step(self, request: Request) -> None:
-        """Advance the engine once, unless another thread has brought the request on meanwhile."""
-        if request.done or request.news:
-            return
-        if self._closed:
-            raise ClosedError("the Llama is closed")
-        while self._abandoned:
-            self._scheduler.cancel(self._abandoned.popleft())
-        self._scheduler.step()
-
-    def _prompt_logprobs(self, request: Request) -> list[RawLogprobs]:
-        """Return the prompt's log-probabilities so far, from the sequence that prefills it."""
-        for sequence in request.sequences:
-            found = sequence.prompt_logprobs
-            if sequence.slot is not None:
-                found = self._scheduler.stepper.prompt_logprobs(sequence.slot)
-            if found:
-                return found
-        return []
-
-    def _cancel(self, request: Request) -> None:
-        if not self._closed:
-            self._scheduler.cancel(request)
-
-
-class CompletionStream(Iterator[CompletionChunk]):
-    """The chunks of one request as they are generated; also a context manager.
-
-    Closing it (or dropping it) before its end cancels the request. `result` gives the whole
-    `Completion` once it has ended.
-
-    Thread-safety: one thread at a time.
-    """
-
-    def __init__(self, llama: Llama, request: Request, echo: str) -> None:
-        self._llama = llama
-        self._request = request
-        self._echo = echo
-        self._created = int(time.time())
-        self._n_ended = 0
-        self._offsets: dict[int, TextOffsets] = {}
-        llama._exclusively(llama._submit, request)
-
-    @property
-    def id(self) -> str:
-        """The request's id, the same in all chunks."""
-        return self._request.id
-
-    @property
-    def seed(self) -> int:
-        """The seed in use."""
-        return self._request.seed
-
-    def __iter__(self) -> CompletionStream:
-        return self
-
-    def __next__(self) -> CompletionChunk:
-        request = self._request
-        try:
-            while not request.news:
-                if request.done:
-                    if request.error is not None:
-                        raise request.error
-                    raise StopIteration
-                self._llama._exclusively(self._llama._step, request)
-        except (StopIteration, LlamaCrabError):
-            raise
-        except BaseException:
-            self.close()
-            raise
-        return self._chunk()
-
-    def close(self) -> None:
-        """Cancel the request if it has not ended."""
-        if not self._request.done:
-            self._llama._exclusively(self._llama._cancel, self._request)
-
-    def __enter__(self) -> CompletionStream:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # An abandoned iterator must not keep its sequence running. The collector may run this
-        # inside any call, so it takes no lock: the next step cancels.
-        if hasattr(self, "_request") and not self._request.done:
-            self._llama._abandoned.append(self._request)
-
-    def result(self) -> Completion:
-        """Return everything as one `Completion`, running the request to its end first."""
-        for _ in self:
-            pass
-        request = self._request
-        if request.error is not None:
-            raise request.error
-        chosen = request.sequences
-        if request.best_of > request.n:
-            ranked = sorted(chosen, key=lambda sequence: -sequence.mean_logprob)
-            chosen = ranked[: request.n]
-        return Completion(
-            id=request.id,
-            created=self._created,
-            model=self._llama._name,
-            choices=tuple(
-                sequence.choice(
-                    i,
-                    self._echo,
-                    self._logprobs(sequence.tokens, sequence.logprobs),
-                )
-                for i, sequence in enumerate(chosen)
-            ),
-            usage=self._usage(),
-            timings=self._timings(),
-            seed=request.seed,
-        )
-
-    def _chunk(self) -> CompletionChunk:
-        request = self._request
-        news = request.news.popleft()
-        index = news.sequence.index
-        offsets = self._offsets.get(index)
-        text = news.text
-        if offsets is None:
-            text = self._echo + text
-            offsets = self._offsets[index] = TextOffsets(len(self._echo))
-            logprobs = self._logprobs(news.tokens, news.logprobs, offsets)
-        else:
-            logprobs = self._logprobs(news.tokens, news.logprobs, offsets, with_prompt=False)
-        self._n_ended += news.last
-        whole = news.last and self._n_ended == len(request.sequences)
-        return CompletionChunk(
-            text=text,
-            index=index,
-            tokens=news.tokens,
-            finish_reason=news.sequence.finish_reason if news.last else None,
-            stop_reason=news.sequence.stop_reason if news.last else None,
-            logprobs=logprobs,
-            usage=self._usage() if whole else None,
-            timings=self._timings() if whole else None,
-            id=request.id,
-            created=self._created,
-            model=self._llama._name,
-        )
-
-    def _logprobs(
-        self,
-        tokens: Sequence[int],
-        raw: list[RawLogprobs],
-        offsets: TextOffsets | None = None,
-        *,
-        with_prompt: bool = True,
-    ) -> Logprobs | None:
-        """Return the public form; `offsets` goes on where the choice's last chunk ended."""
-        request = self._request
-        if request.logprobs is None:
-            return None
-        entries: list[TokenLogprob] = []
-        begins: list[int] = []
-        if with_prompt and request.prompt_logprobs:
-            head = request.prompt[0]
-            entries.append(TokenLogprob.from_piece(head, self._piece(head), None))
-            found = self._llama._exclusively(self._llama._prompt_logprobs, request)
-            entries += token_logprobs(request.prompt[1 : len(found) + 1], found, self._piece)
-            # The echoed text ends where the prompt's last token does; what it does not show (BOS)
-            # comes first.
-            shown = b"".join([entry.bytes for entry in entries]).decode("utf-8", "replace")
-            before = TextOffsets(len(self._echo) - len(shown))
-            begins += [before.push(entry.bytes) for entry in entries]
-        entries += token_logprobs(list(tokens), raw, self._piece)
-        offsets = TextOffsets(len(self._echo)) if offsets is None else offsets
-        piece, special = self._llama._vocab.piece, request.special
-        begins += [offsets.push(piece(token, special)) for token in tokens]
-        return Logprobs(tuple(entries), tuple(begins))
-
-    def _piece(self, token: int) -> bytes:
-        return self._llama._vocab.piece(token, True)
-
-    def _usage(self) -> Usage:
-        request = self._request
-        n_generated = sum(len(sequence.tokens) for sequence in request.sequences)
-        return Usage(
-            prompt_tokens=len(request.prompt),
-            completion_tokens=n_generated,
-            total_tokens=len(request.prompt) + n_generated,
-            cached_tokens=request.sequences[0].n_cached,
-        )
-
-    def _timings(self) -> CompletionTimings:
-        request = self._request
-        ran = [sequence for sequence in request.sequences if sequence.times[0]]
-        firsts = [sequence.times[1] for sequence in ran if sequence.times[1]]
-        first_us = min(firsts, default=0)
-        last_us = max((sequence.times[2] for sequence in ran), default=0)
-        start_us = min((sequence.times[0] for sequence in ran), default=0)
-        return CompletionTimings(
-            prompt_n=len(request.prompt),
-            prompt_sec=((first_us or request.end_us) - start_us) / 1e6 if start_us else 0.0,
-            predicted_n=sum(len(sequence.tokens) for sequence in request.sequences),
-            predicted_sec=(last_us - first_us) / 1e6,
-            total_sec=(request.end_us - request.submit_us) / 1e6,
-            cached_n=request.sequences[0].n_cached,
-            first_token_sec=(first_us - request.submit_us) / 1e6 if first_us else 0.0,
-            sample_sec=sum(sequence.times[3] for sequence in ran) / 1e6,
-            load_sec=self._llama.load_sec,
-        )

@@ -1,6 +1,7 @@
-"""The one generation loop: `Scheduler.step`."""
+"""The one generation loop: `Scheduler.step`, and the `Engine` that lets threads share it."""
 
+from .engine import Engine
 from .request import Request, Sequence
 from .scheduler import Scheduler
 
-__all__ = ["Request", "Scheduler", "Sequence"]
+__all__ = ["Engine", "Request", "Scheduler", "Sequence"]

@@ -29,15 +29,18 @@ class PrefixCache:
     def best(self, idle: Iterable[int], prompt: list[int]) -> tuple[int, int]:
         """Return ``(slot, n_keep)``: the longest reusable prefix, else the least recently used.
 
-        An empty slot is preferred to one whose content would be lost for nothing.
+        A prefix counts when it is most of the slot's content or of the prompt: sharing only a BOS
+        is no reason to give up a long conversation while another slot is free.
         """
-        best = max(
-            (
-                (self._stepper.reusable_prefix(slot, prompt), -self._used[slot], slot)
-                for slot in idle
-            ),
-        )
-        return best[2], best[0]
+        n_keep = {slot: self._stepper.reusable_prefix(slot, prompt) for slot in idle}
+
+        def worth(slot: int) -> tuple[int, int]:
+            n_held = self._stepper.progress(slot)[2]
+            counts = 2 * n_keep[slot] > min(n_held, len(prompt))
+            return n_keep[slot] if counts else 0, -self._used[slot]
+
+        slot = max(n_keep, key=worth)
+        return slot, n_keep[slot]
 
     def evict(self, idle: Iterable[int]) -> bool:
         """Remove the least recently used content from memory; return False if there is none."""

@@ -72,7 +72,7 @@ class Request:
         return 0 if self.best_of > self.n else -1
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class News:
     """Text of one sequence for a streaming reader; `last` on the sequence's final piece."""
 

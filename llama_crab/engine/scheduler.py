@@ -8,7 +8,7 @@ from .. import _core, logs
 from ..completion import FinishReason
 from ..errors import DecodeAborted, DecodeError, KVCacheFullError, LlamaCrabError, SamplerError
 from .prefix_cache import PrefixCache
-from .request import News, Request, Sequence
+from .request import News, RawLogprobs, Request, Sequence
 
 
 class Scheduler:
@@ -96,6 +96,16 @@ class Scheduler:
                 self._collect(sequence)
         self._interrupted = False
 
+    def prompt_logprobs(self, request: Request) -> list[RawLogprobs]:
+        """Return the prompt's log-probabilities so far, from the sequence that prefills it."""
+        for sequence in request.sequences:
+            found = sequence.prompt_logprobs
+            if sequence.slot is not None:
+                found = self.stepper.prompt_logprobs(sequence.slot)
+            if found:
+                return found
+        return []
+
     def _requests(self) -> set[Request]:
         return {s.request for s in (*self._running.values(), *self._waiting)}
 
@@ -174,50 +184,43 @@ class Scheduler:
         slot = sequence.slot
         if slot is None:
             return
-        request = sequence.request
-        text = self._take_text(sequence, slot)
+        told = sequence.n_tokens_told
+        data, tokens, ends, reason = self.stepper.news(slot, sequence.n_bytes, told)
+        sequence.n_bytes += len(data)
+        text = sequence.stream.push(data)
         if sequence.stream.stop is not None:
             self._retire(sequence, "stop", sequence.stream.stop, text)
-            return
-        reason, token = self.stepper.finish(slot)
-        if reason is None:
-            self._tell(sequence, text)
+        elif reason is None:
+            self._tell(sequence, text, tokens, ends)
         elif reason == "error":
-            self._tell(sequence, text)
-            self._fail(request, SamplerError(self.stepper.error(slot)))
+            self._tell(sequence, text, tokens, ends)
+            self._fail(sequence.request, SamplerError(self.stepper.error(slot)))
         elif reason == "stop_token":
-            self._retire(sequence, "stop", token, text)
+            self._retire(sequence, "stop", self.stepper.finish(slot)[1], text)
         elif reason == "eog":
             self._retire(sequence, "stop", None, text)
         elif reason != "cancelled":
             self._retire(sequence, "length", None, text)
 
-    def _take_text(self, sequence: Sequence, slot: int) -> str:
-        data = self.stepper.text(slot, sequence.n_bytes)
-        sequence.n_bytes += len(data)
-        return sequence.stream.push(data)
-
-    def _tell(self, sequence: Sequence, text: str, last: bool = False) -> None:
+    def _tell(self, sequence: Sequence, text: str, tokens: list[int], ends: list[int]) -> None:
+        """Hand the text and the tokens that made it to a streaming reader."""
         if text:
             sequence.text_parts.append(text)
         request, slot = sequence.request, sequence.slot
         if not request.stream or slot is None:
             return
-        told = sequence.n_tokens_told
-        if last:
-            tokens = tuple(sequence.tokens[told:])
-        else:
+        if sequence.stream.end < sequence.n_bytes:
             # Tokens that may yet turn out to spell a stop string wait with their text.
-            ends = self.stepper.text_ends(slot, told)
             starts = [sequence.n_bytes_told, *ends[:-1]]
             n = sum(start < sequence.stream.end for start in starts)
-            if n == 0 and not text:
-                return
-            tokens = tuple(self.stepper.generated(slot, told)[:n])
-            sequence.n_bytes_told = ends[n - 1] if n else sequence.n_bytes_told
+            del tokens[n:], ends[n:]
+        if not tokens and not text:
+            return
+        told = sequence.n_tokens_told
         raw = [] if request.logprobs is None else self.stepper.logprobs(slot, told)[: len(tokens)]
         sequence.n_tokens_told = told + len(tokens)
-        request.news.append(News(sequence, text, tokens, raw, last))
+        sequence.n_bytes_told = ends[-1] if ends else sequence.n_bytes_told
+        request.news.append(News(sequence, text, tuple(tokens), raw, False))
 
     def _retire(
         self,
@@ -230,11 +233,12 @@ class Scheduler:
         slot = sequence.slot
         if slot is None:
             return
-        text += self._take_text(sequence, slot) + sequence.stream.flush()
-        sequence.tokens = self.stepper.generated(slot)
+        data, sequence.tokens, ends, _ = self.stepper.news(slot, sequence.n_bytes, 0)
+        sequence.n_bytes += len(data)
+        text += sequence.stream.push(data) + sequence.stream.flush()
         if sequence.stream.stop is not None:
             # The tokens that gave at least one byte of the answer; the rest spelt the stop string.
-            starts = [0, *self.stepper.text_ends(slot)[:-1]]
+            starts = [0, *ends[:-1]]
             n = sum(start < sequence.stream.end for start in starts)
             sequence.tokens = sequence.tokens[:n]
         sequence.logprobs = self.stepper.logprobs(slot)[: len(sequence.tokens)]
@@ -243,7 +247,13 @@ class Scheduler:
         sequence.times = self.stepper.times(slot)
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
-        self._tell(sequence, text, last=True)
+        if text:
+            sequence.text_parts.append(text)
+        if sequence.request.stream:
+            told = sequence.n_tokens_told
+            raw = [] if sequence.request.logprobs is None else sequence.logprobs[told:]
+            last = News(sequence, text, tuple(sequence.tokens[told:]), raw, True)
+            sequence.request.news.append(last)
         self.stepper.release(slot)
         self._cache.touch(slot)
         self._running.pop(slot, None)

@@ -105,7 +105,6 @@ cdef object _set_adapters(Context context, object adapters):
     handle.leave()
     if status.kind != nat.STATUS_OK:
         raise _error(errors.AdapterError, status, mark, _str(status.message))
-    context._adapters = list(adapters)
 
 
 cdef object _set_control_vector(Context context, object data, object il_start, object il_end):

@@ -44,7 +44,6 @@ cdef class Context:
                 found = errors.OutOfMemoryError(found.args[0], log=found.log)
             raise found
         self._model = model
-        self._adapters = []
         self._embeddings = c.embeddings
         self._n_seq_max = lib.llama_n_seq_max(self._c_ctx.get().ctx)
         self._kv_unified = c.kv_unified
@@ -90,7 +89,6 @@ cdef class Context:
             if not handle.try_enter():
                 raise errors.ContextBusyError("another thread is using this context")
             handle.leave()
-        self._adapters = []
         # Taken away under the GIL: no thread may meet the pointer while it is being freed.
         cdef nat.ContextPtr share = move(self._c_ctx)
         with nogil:

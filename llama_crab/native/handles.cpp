@@ -272,7 +272,9 @@ void set_adapters(ContextHandle & handle, const std::vector<AdapterPtr> & adapte
         }
         if (llama_set_adapters_lora(handle.ctx, raw.data(), raw.size(), scales.data()) != 0) {
             status.set(Status::failed, "llama.cpp could not apply the adapters");
+            return;
         }
+        handle.adapters = adapters;
     });
 }
 

@@ -41,6 +41,8 @@ ModelPtr load_model(const std::vector<std::string> & paths, llama_model_params p
                     Status & status) noexcept;
 void save_model(const ModelHandle & model, const std::string & path, Status & status) noexcept;
 
+class AdapterHandle;
+
 class ContextHandle {
 public:
     ContextHandle(ModelPtr model, llama_context * ctx);
@@ -65,6 +67,7 @@ public:
     void next_epoch() { ++epoch_; }
 
     ModelPtr        model;  // destroyed after the context
+    std::vector<std::shared_ptr<AdapterHandle>> adapters;  // in use by the context
     llama_context * ctx;
     const int       generation;
     bool            broken        = false;  // an assertion fired inside: its state is unknown

@@ -23,8 +23,9 @@ struct ErrorLine {
 std::mutex              mutex;
 std::deque<LogLine>     ring;
 std::deque<ErrorLine>   errors;
-std::string             partial;
-int                     partial_level = GGML_LOG_LEVEL_INFO;
+// A line may come in several calls; each thread puts its own together.
+thread_local std::string partial;
+thread_local int         partial_level = GGML_LOG_LEVEL_INFO;
 std::atomic<int>        min_level{GGML_LOG_LEVEL_WARN};
 std::atomic<uint64_t>   seen{0};
 std::atomic<bool>       pending{false};

@@ -159,7 +159,7 @@ def test_an_exception_of_a_callback_comes_through(smol_llama: Llama) -> None:
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         complete(smol_llama, callback=fail)
-    assert smol_llama._scheduler.n_running == 0
+    assert smol_llama._engine.scheduler.n_running == 0
     assert complete(smol_llama, max_tokens=2).text == " Paris."
 
 

@@ -66,18 +66,18 @@ def test_an_abandoned_stream_gives_its_slot_back(smol_llama: Llama) -> None:
     for _ in range(6):  # more than there are slots
         job = stream(smol_llama, PROMPTS[0], 500)
         next(job)
-        assert smol_llama._scheduler.n_running == 1
+        assert smol_llama._engine.scheduler.n_running == 1
         del job
         gc.collect()
         assert complete(smol_llama, PROMPTS[1]).text == expected
-        assert smol_llama._scheduler.n_running == 0
+        assert smol_llama._engine.scheduler.n_running == 0
 
 
 def test_a_closed_stream_ends_as_cancelled(smol_llama: Llama) -> None:
     whole = complete(smol_llama, PROMPTS[0])
     with stream(smol_llama, PROMPTS[0]) as job:
         first = next(job)
-    assert smol_llama._scheduler.n_running == 0
+    assert smol_llama._engine.scheduler.n_running == 0
     result = job.result()
     assert result.finish_reason == "cancelled"
     assert result.text == first.text
@@ -89,7 +89,7 @@ def test_a_closed_stream_ends_as_cancelled(smol_llama: Llama) -> None:
 
 def test_threads_share_one_llama(smol_llama: Llama) -> None:
     expected = [complete(smol_llama, prompt).text for prompt in PROMPTS]
-    before = smol_llama._scheduler.stepper.n_steps
+    before = smol_llama._engine.scheduler.stepper.n_steps
     start = threading.Barrier(len(PROMPTS))
 
     def ask(prompt: str) -> str:
@@ -99,7 +99,7 @@ def test_threads_share_one_llama(smol_llama: Llama) -> None:
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         assert list(pool.map(ask, PROMPTS)) == expected
     # They ran in common batches: one after the other takes 12 steps each.
-    assert smol_llama._scheduler.stepper.n_steps - before < 12 * len(PROMPTS)
+    assert smol_llama._engine.scheduler.stepper.n_steps - before < 12 * len(PROMPTS)
 
 
 def test_an_error_reaches_the_thread_that_asked(smol_llama: Llama) -> None:
@@ -142,7 +142,7 @@ def interrupted_when(ready: Callable[[], bool]) -> Iterator[None]:
 @pytest.mark.parametrize("streamed", [False, True])
 def test_ctrl_c_ends_a_generation_within_a_step(smol_llama: Llama, streamed: bool) -> None:
     expected = complete(smol_llama, PROMPTS[0]).text
-    stepper = smol_llama._scheduler.stepper
+    stepper = smol_llama._engine.scheduler.stepper
     begin = stepper.n_steps
     at_signal = 0
 
@@ -158,19 +158,19 @@ def test_ctrl_c_ends_a_generation_within_a_step(smol_llama: Llama, streamed: boo
             complete(smol_llama, PROMPTS[0], 900, ignore_eos=True)
     # The step that was running, and one that may have begun while the thread looked.
     assert stepper.n_steps <= at_signal + 2
-    assert (smol_llama._scheduler.n_running, smol_llama._scheduler.n_waiting) == (0, 0)
+    assert (smol_llama._engine.scheduler.n_running, smol_llama._engine.scheduler.n_waiting) == (0, 0)
     assert complete(smol_llama, PROMPTS[0]).text == expected
 
 
 def test_ctrl_c_ends_a_long_prefill_within_a_step(smol_llama: Llama) -> None:
     expected = complete(smol_llama, PROMPTS[2]).text
-    stepper = smol_llama._scheduler.stepper
+    stepper = smol_llama._engine.scheduler.stepper
     long_prompt = [(7 * i) % 4000 + 100 for i in range(1000)]  # 16 steps of 64 tokens
     begin, begin_tokens = stepper.n_steps, stepper.n_decoded
     with interrupted_when(lambda: stepper.n_steps >= begin + 2):
         complete(smol_llama, long_prompt)
     assert 128 <= stepper.n_decoded - begin_tokens < 1000
-    assert smol_llama._scheduler.n_running == 0
+    assert smol_llama._engine.scheduler.n_running == 0
     assert complete(smol_llama, PROMPTS[2]).text == expected
     # What was prefilled before the signal stays and is used.
     again = complete(smol_llama, long_prompt, 1)
@@ -179,7 +179,7 @@ def test_ctrl_c_ends_a_long_prefill_within_a_step(smol_llama: Llama) -> None:
 
 def test_ctrl_c_of_one_caller_leaves_the_others_alone(smol_llama: Llama) -> None:
     expected = complete(smol_llama, PROMPTS[3], 60).text
-    stepper = smol_llama._scheduler.stepper
+    stepper = smol_llama._engine.scheduler.stepper
     answer: list[str] = []
     other = threading.Thread(
         target=lambda: answer.append(complete(smol_llama, PROMPTS[3], 60).text)
@@ -267,7 +267,7 @@ def test_a_wrong_argument_gives_a_typed_error_that_names_it(
 ) -> None:
     with pytest.raises(error, match=words):
         tiny_llama.create_completion(**{"prompt": [300, 301], **options})
-    assert tiny_llama._scheduler.n_running == tiny_llama._scheduler.n_waiting == 0
+    assert tiny_llama._engine.scheduler.n_running == tiny_llama._engine.scheduler.n_waiting == 0
     assert complete(tiny_llama, [300], 2, ignore_eos=True).usage.completion_tokens == 2
 
 

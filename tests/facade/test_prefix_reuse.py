@@ -52,7 +52,7 @@ def assert_equal_but_for_close_calls(
     pairs = list(zip(expected.tokens, found.tokens, strict=True))
     for at, (token, other) in enumerate(pairs):
         if token != other:
-            llama._scheduler.stepper.clear(0)
+            llama._engine.scheduler.stepper.clear(0)
             row = last_row(llama, [*prompt, *expected.tokens[:at]])
             assert abs(row[token] - row[other]) < 0.5
             return
@@ -85,14 +85,14 @@ def test_smollm2_answers_as_a_fresh_context(smol_pair: tuple[Llama, Llama]) -> N
         "one token": (story[:1], 0),
     }
     for name, (prompt, n_cached) in cases.items():
-        fresh._scheduler.stepper.clear(0)
+        fresh._engine.scheduler.stepper.clear(0)
         expected = complete(fresh, prompt)
         assert expected.timings.cached_n == 0
         complete(reused, story)
-        before = reused._scheduler.stepper.n_decoded
+        before = reused._engine.scheduler.stepper.n_decoded
         result = complete(reused, prompt)
         assert result.timings.cached_n == result.usage.cached_tokens == n_cached, name
-        assert reused._scheduler.stepper.n_decoded - before == len(prompt) - n_cached + 15, name
+        assert reused._engine.scheduler.stepper.n_decoded - before == len(prompt) - n_cached + 15, name
         if name == "nothing in common":  # the same batches as afresh
             assert result.tokens == expected.tokens
         assert_equal_but_for_close_calls(fresh, prompt, expected, result)
@@ -125,7 +125,7 @@ def long_prompt(llama: Llama, n: int) -> list[int]:
 
 def test_gemma_decodes_again_what_its_window_has_dropped(window_llama: Llama) -> None:
     llama = window_llama
-    stepper = llama._scheduler.stepper
+    stepper = llama._engine.scheduler.stepper
     whole = long_prompt(llama, 800)
     other = [*whole[:520], *llama.tokenize(BRANCH, add_special=False)]
     expected = last_row(llama, other)
@@ -155,7 +155,7 @@ def test_a_windowed_model_answers_as_a_fresh_one_at_every_cut(tiny_swa_path: Pat
     """A window of 16 in a cache of 256 cells: near cuts are kept, far ones decoded again."""
     rng = np.random.default_rng(3)
     with Llama(tiny_swa_path, n_ctx=512, n_ubatch=8, n_threads=1, swa_full=False) as llama:
-        stepper = llama._scheduler.stepper
+        stepper = llama._engine.scheduler.stepper
         n_vocab = llama.model.vocab.n_tokens - 2
         whole = [int(token) for token in rng.integers(0, n_vocab, 400)]
         kept = []
@@ -181,7 +181,7 @@ def test_gemma_with_a_full_cache_keeps_any_prefix(gemma_llama: Llama) -> None:
     other = [*prompt[:560], *gemma_llama.tokenize(BRANCH, add_special=False)]
     result = complete(gemma_llama, other)
     assert result.timings.cached_n == 560
-    gemma_llama._scheduler.stepper.clear(0)
+    gemma_llama._engine.scheduler.stepper.clear(0)
     fresh = complete(gemma_llama, other)
     assert fresh.timings.cached_n == 0
     assert_equal_but_for_close_calls(gemma_llama, other, fresh, result)

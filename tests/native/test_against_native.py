@@ -125,7 +125,7 @@ def singles_and_batch(
         singles = [complete(llama, prompt) for prompt in prompts]
     with load(model_path, n_threads, n_seq_max=4) as llama:
         batch = together(llama, prompts)
-        n_steps = llama._scheduler.stepper.n_steps
+        n_steps = llama._engine.scheduler.stepper.n_steps
     assert n_steps < N_TOKENS + 12  # all four in the same steps
     return ids, singles, batch
 

@@ -1,0 +1,219 @@
+"""A request's answer as it comes: `CompletionStream`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+from .completion import (
+    Completion,
+    CompletionChunk,
+    Logprobs,
+    TextOffsets,
+    TokenLogprob,
+    Usage,
+)
+from .engine import Engine, Request
+from .engine.request import RawLogprobs, token_logprobs
+from .errors import LlamaCrabError
+from .timings import CompletionTimings
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from ._core import Vocab
+
+
+class CompletionStream(Iterator[CompletionChunk]):
+    """The chunks of one request as they are generated; also a context manager.
+
+    Closing it (or dropping it) before its end cancels the request. `result` gives the whole
+    `Completion` once it has ended.
+
+    Thread-safety: one thread at a time.
+    """
+
+    def __init__(
+        self, engine: Engine, request: Request, vocab: Vocab, echo: str, model: str,
+        load_sec: float,
+    ) -> None:
+        self._engine = engine
+        self._request = request
+        self._vocab = vocab
+        self._echo = echo
+        self._model = model
+        self._load_sec = load_sec
+        self._created = int(time.time())
+        self._n_ended = 0
+        self._offsets: dict[int, TextOffsets] = {}
+        engine.submit(request)
+
+    @property
+    def id(self) -> str:
+        """The request's id, the same in all chunks."""
+        return self._request.id
+
+    @property
+    def seed(self) -> int:
+        """The seed in use."""
+        return self._request.seed
+
+    def __iter__(self) -> CompletionStream:
+        return self
+
+    def __next__(self) -> CompletionChunk:
+        request = self._request
+        try:
+            while not request.news:
+                if request.done:
+                    if request.error is not None:
+                        raise request.error
+                    raise StopIteration
+                self._engine.advance(request)
+        except (StopIteration, LlamaCrabError):
+            raise
+        except BaseException:
+            self.close()
+            raise
+        return self._chunk()
+
+    def close(self) -> None:
+        """Cancel the request if it has not ended."""
+        if not self._request.done:
+            self._engine.cancel(self._request)
+
+    def __enter__(self) -> CompletionStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # An abandoned iterator must not keep its sequence running. The collector may run this
+        # inside any call, so it takes no lock: the next step cancels.
+        if hasattr(self, "_request") and not self._request.done:
+            self._engine.abandon(self._request)
+
+    def result(self) -> Completion:
+        """Return everything as one `Completion`, running the request to its end first."""
+        for _ in self:
+            pass
+        request = self._request
+        if request.error is not None:
+            raise request.error
+        chosen = request.sequences
+        if request.best_of > request.n:
+            ranked = sorted(chosen, key=lambda sequence: -sequence.mean_logprob)
+            chosen = ranked[: request.n]
+        return Completion(
+            id=request.id,
+            created=self._created,
+            model=self._model,
+            choices=tuple(
+                sequence.choice(
+                    i,
+                    self._echo,
+                    self._logprobs(sequence.tokens, sequence.logprobs),
+                )
+                for i, sequence in enumerate(chosen)
+            ),
+            usage=self._usage(),
+            timings=self._timings(),
+            seed=request.seed,
+        )
+
+    def _chunk(self) -> CompletionChunk:
+        request = self._request
+        news = request.news.popleft()
+        index = news.sequence.index
+        offsets = self._offsets.get(index)
+        text = news.text
+        if offsets is None:
+            text = self._echo + text
+            offsets = self._offsets[index] = TextOffsets(len(self._echo))
+            logprobs = self._logprobs(news.tokens, news.logprobs, offsets)
+        else:
+            logprobs = self._logprobs(news.tokens, news.logprobs, offsets, with_prompt=False)
+        self._n_ended += news.last
+        whole = news.last and self._n_ended == len(request.sequences)
+        return CompletionChunk(
+            text=text,
+            index=index,
+            tokens=news.tokens,
+            finish_reason=news.sequence.finish_reason if news.last else None,
+            stop_reason=news.sequence.stop_reason if news.last else None,
+            logprobs=logprobs,
+            usage=self._usage() if whole else None,
+            timings=self._timings() if whole else None,
+            id=request.id,
+            created=self._created,
+            model=self._model,
+        )
+
+    def _logprobs(
+        self,
+        tokens: Sequence[int],
+        raw: list[RawLogprobs],
+        offsets: TextOffsets | None = None,
+        *,
+        with_prompt: bool = True,
+    ) -> Logprobs | None:
+        """Return the public form; `offsets` goes on where the choice's last chunk ended."""
+        request = self._request
+        if request.logprobs is None:
+            return None
+        entries: list[TokenLogprob] = []
+        begins: list[int] = []
+        if with_prompt and request.prompt_logprobs:
+            head = request.prompt[0]
+            entries.append(TokenLogprob.from_piece(head, self._piece(head), None))
+            found = self._engine.prompt_logprobs(request)
+            entries += token_logprobs(request.prompt[1 : len(found) + 1], found, self._piece)
+            # The echoed text ends where the prompt's last token does; what it does not show (BOS)
+            # comes first.
+            shown = b"".join([entry.bytes for entry in entries]).decode("utf-8", "replace")
+            before = TextOffsets(len(self._echo) - len(shown))
+            begins += [before.push(entry.bytes) for entry in entries]
+        entries += token_logprobs(list(tokens), raw, self._piece)
+        offsets = TextOffsets(len(self._echo)) if offsets is None else offsets
+        piece, special = self._vocab.piece, request.special
+        begins += [offsets.push(piece(token, special)) for token in tokens]
+        return Logprobs(tuple(entries), tuple(begins))
+
+    def _piece(self, token: int) -> bytes:
+        return self._vocab.piece(token, True)
+
+    def _usage(self) -> Usage:
+        request = self._request
+        n_generated = sum(len(sequence.tokens) for sequence in request.sequences)
+        return Usage(
+            prompt_tokens=len(request.prompt),
+            completion_tokens=n_generated,
+            total_tokens=len(request.prompt) + n_generated,
+            cached_tokens=request.sequences[0].n_cached,
+        )
+
+    def _timings(self) -> CompletionTimings:
+        request = self._request
+        ran = [sequence for sequence in request.sequences if sequence.times[0]]
+        firsts = [sequence.times[1] for sequence in ran if sequence.times[1]]
+        first_us = min(firsts, default=0)
+        last_us = max((sequence.times[2] for sequence in ran), default=0)
+        start_us = min((sequence.times[0] for sequence in ran), default=0)
+        return CompletionTimings(
+            prompt_n=len(request.prompt),
+            prompt_sec=((first_us or request.end_us) - start_us) / 1e6 if start_us else 0.0,
+            predicted_n=sum(len(sequence.tokens) for sequence in request.sequences),
+            predicted_sec=(last_us - first_us) / 1e6,
+            total_sec=(request.end_us - request.submit_us) / 1e6,
+            cached_n=request.sequences[0].n_cached,
+            first_token_sec=(first_us - request.submit_us) / 1e6 if first_us else 0.0,
+            sample_sec=sum(sequence.times[3] for sequence in ran) / 1e6,
+            load_sec=self._load_sec,
+        )
