@@ -74,9 +74,10 @@ cdef class Batch:
 
 
 cdef class Sampler:
-    cdef lib.llama_sampler *_c_sampler  # owned unless _parent is set
+    cdef lib.llama_sampler *_c_sampler  # freed here if _owned
     cdef int _generation
-    cdef nat.ModelPtr _c_model          # share, for stages that read a vocab
+    cdef bint _owned                    # false: a chain frees it (_parent may be gone by then)
+    cdef vector[nat.ModelPtr] _c_models  # shares, for stages that read a vocab
     cdef Sampler _parent                # strong: the chain that owns this stage
     cdef list _stages                   # strong: Python faces of a chain's stages; None if no chain
     cdef nat.RowSampler _row            # reused candidate buffer of sample()
@@ -116,6 +117,7 @@ cdef class Stepper:
     cdef nat.CStepper *_c_stepper       # owned; holds a share of the context
     cdef Context _context               # strong
     cdef list _samplers                 # strong: one Sampler (or None) per slot
+    cdef bint _pause                    # another thread wants its turn
 
     cdef nat.CStepper *_require_open(self) except NULL
     cdef int _require_slot(self, int i) except -1

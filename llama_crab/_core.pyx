@@ -31,6 +31,7 @@ cimport cython
 from llama_crab.capi cimport lib
 from llama_crab.capi cimport native as nat
 
+import atexit
 import os
 
 from llama_crab import errors
@@ -54,5 +55,6 @@ include "handles/stepper.pxi"    # Stepper: one engine step without the GIL
 nat.log_install()
 nat.install_abort_handler()
 lib.llama_backend_init()
+atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -132,6 +132,12 @@ class CompletionStream(Iterator[CompletionChunk]):
         request = self._request
         news = request.news.popleft()
         index = news.sequence.index
+        if not news.last and index in self._offsets and request.logprobs is None:
+            # Most chunks: nothing but text and tokens.
+            return CompletionChunk(
+                news.text, index, news.tokens, None, None, None, None, None, request.id,
+                self._created, self._model,
+            )
         offsets = self._offsets.get(index)
         text = news.text
         if offsets is None:

@@ -35,6 +35,9 @@ cdef extern from "native/guard.h" namespace "llama_crab" nogil:
     int STATUS_ASSERTED "llama_crab::Status::asserted"
     int STATUS_NO_MEMORY "llama_crab::Status::no_memory"
     void install_abort_handler()
+    bool enter_callback()
+    void leave_callback()
+    void refuse_callbacks()
 
 cdef extern from "native/logsink.h" namespace "llama_crab" nogil:
     cppclass LogLine:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Long enough for a waiting thread to wake up, short beside a step.
 _HANDOVER_SEC = 50e-6
+# Batches per call into the core while nothing is to be told; other threads end it earlier.
+_STEPS = 256
 
 
 class Engine:
@@ -80,6 +82,8 @@ class Engine:
         """
         me = threading.get_ident()
         self._callers[me] = None
+        if self._lock.locked():
+            self.scheduler.stepper.pause()
         try:
             with self._lock:
                 self._callers.pop(me, None)
@@ -99,7 +103,7 @@ class Engine:
             self._require_open()
             while self._abandoned:
                 self.scheduler.cancel(self._abandoned.popleft())
-            step()
+            step(_STEPS)
             if self._callers:
                 return
 

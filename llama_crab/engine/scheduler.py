@@ -64,8 +64,8 @@ class Scheduler:
         for request in self._requests():
             self.cancel(request)
 
-    def step(self) -> None:
-        """Advance everything by one batch.
+    def step(self, n_steps_max: int = 1) -> None:
+        """Advance everything by one batch; by more, up to `n_steps_max`, while there is no news.
 
         An error that concerns one request ends that request and is kept in `Request.error`.
         Raises `DecodeError` when the context itself fails; then every request has ended with it.
@@ -75,7 +75,7 @@ class Scheduler:
         self._interrupted = True
         self._admit()
         try:
-            news = self.stepper.step(self._budget)
+            news = self.stepper.step(self._budget, n_steps_max)
         except KVCacheFullError as error:
             if not self._cache.evict(self._idle()):
                 self._give_way(error)

@@ -189,8 +189,17 @@ cdef class _ModelParams:
         return 0
 
 
-cdef cbool _on_progress(float progress, void *user_data) noexcept with gil:
+cdef cbool _on_progress(float progress, void *user_data) noexcept nogil:
     # The one callback that needs the GIL: a load is long, and Ctrl-C must be able to end it.
+    cdef cbool go_on = False
+    if nat.enter_callback():
+        with gil:
+            go_on = _call_progress(progress, user_data)
+        nat.leave_callback()
+    return go_on
+
+
+cdef cbool _call_progress(float progress, void *user_data) noexcept:
     cdef _ModelParams params = <_ModelParams> user_data
     try:
         PyErr_CheckSignals()

@@ -12,13 +12,14 @@ cdef object _new_sampler(lib.llama_sampler *c_sampler):
     cdef Sampler sampler = Sampler.__new__(Sampler)
     sampler._c_sampler = c_sampler
     sampler._generation = nat.fork_generation
+    sampler._owned = True
     nat.count_samplers(1)
     return sampler
 
 
 cdef object _new_vocab_sampler(lib.llama_sampler *c_sampler, Vocab vocab):
     cdef Sampler sampler = _new_sampler(c_sampler)
-    sampler._c_model = vocab._c_model
+    sampler._c_models.push_back(vocab._c_model)
     return sampler
 
 
@@ -32,11 +33,12 @@ cdef object _wrap_stages(Sampler chain):
         stage._c_sampler = lib.llama_sampler_chain_get(chain._c_sampler, i)
         stage._generation = chain._generation
         stage._parent = chain
-        stage._c_model = chain._c_model
+        stage._c_models = chain._c_models
         chain._stages.append(stage)
 
 
 @cython.final
+@cython.no_gc_clear
 cdef class Sampler:
     """One of llama.cpp's samplers, or a chain of them; made by the static methods.
 
@@ -53,7 +55,7 @@ cdef class Sampler:
         raise TypeError("use a static method such as Sampler.greedy()")
 
     def __dealloc__(self):
-        if self._c_sampler != NULL and self._parent is None:
+        if self._c_sampler != NULL and self._owned:
             nat.count_samplers(-1)
             if self._generation == nat.fork_generation:
                 lib.llama_sampler_free(self._c_sampler)
@@ -76,7 +78,7 @@ cdef class Sampler:
         if self._generation == nat.fork_generation:
             lib.llama_sampler_free(self._c_sampler)
         self._c_sampler = NULL
-        self._c_model.reset()
+        self._c_models.clear()
 
     @property
     def closed(self):
@@ -123,6 +125,7 @@ cdef class Sampler:
         """Append a stage; the chain owns it from now on. Wraps ``llama_sampler_chain_add``."""
         self._require_open()
         stage._require_open()
+        cdef size_t i
         if self._stages is None:
             raise errors.SamplerError("only a chain has stages")
         if stage._stages is not None:
@@ -131,14 +134,11 @@ cdef class Sampler:
             raise errors.SamplerError("the sampler already belongs to a chain")
         lib.llama_sampler_chain_add(self._c_sampler, stage._c_sampler)
         stage._parent = self
-        # A borrowed stage is no longer counted or freed on its own; the chain shares its vocab.
+        stage._owned = False
         nat.count_samplers(-1)
-        if stage._c_model != NULL:
-            if self._c_model != NULL and self._c_model.get() != stage._c_model.get():
-                # Both models must live: the stage's own share stays with the stage.
-                pass
-            else:
-                self._c_model = stage._c_model
+        # The stages may read vocabularies of several models; all must live as long as the chain.
+        for i in range(stage._c_models.size()):
+            self._c_models.push_back(stage._c_models[i])
         self._stages.append(stage)
 
     def remove(self, int index):
@@ -152,6 +152,7 @@ cdef class Sampler:
         cdef Sampler stage = self._stages.pop(index)
         lib.llama_sampler_chain_remove(self._c_sampler, index)
         stage._parent = None
+        stage._owned = True
         nat.count_samplers(1)
         return stage
 
@@ -170,7 +171,7 @@ cdef class Sampler:
     def clone(self):
         """Return an independent copy with the same state. Wraps ``llama_sampler_clone``."""
         cdef Sampler copy = _new_sampler(lib.llama_sampler_clone(self._require_open()))
-        copy._c_model = self._c_model
+        copy._c_models = self._c_models
         if self._stages is not None:
             _wrap_stages(copy)
         return copy

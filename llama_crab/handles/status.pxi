@@ -33,6 +33,11 @@ cdef int _check_generation(int generation) except -1:
     return 0
 
 
+def _at_exit():
+    with nogil:
+        nat.refuse_callbacks()
+
+
 def _after_fork_in_child():
     nat.enter_forked_child()
 

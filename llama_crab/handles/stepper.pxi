@@ -137,25 +137,35 @@ cdef class Stepper:
             raise _error(errors.SamplerError, status, mark, "the sampler refused the prompt")
         return kept
 
-    def step(self, int32_t n_tokens_max):
+    def step(self, int32_t n_tokens_max, int n_steps_max=1):
         """Decode up to `n_tokens_max` tokens and sample; return the slots with news as a list.
 
-        A slot appears for each token when it asked to `emit`, and when it has finished.
-        Raises `KVCacheFullError` (nothing was lost; free a slot and step again), `DecodeAborted`
-        (the next step decodes again what was dropped), `DecodeError`.
+        A slot appears for each token when it asked to `emit`, and when it has finished. Without
+        news the step is repeated, `n_steps_max` times at most; signals are handled in between, and
+        `pause` ends it. Raises `KVCacheFullError` (nothing was lost; free a slot and step again),
+        `DecodeAborted` (the next step decodes again what was dropped), `DecodeError`.
         """
         cdef nat.CStepper *stepper = self._require_open()
         cdef nat.Status status
         cdef uint64_t mark = nat.log_mark()
         cdef int i
+        cdef int64_t n_before
         for i in range(stepper.n_slots()):
             if stepper.slot(i).active and self._samplers[i] is not None:
                 (<Sampler> self._samplers[i])._require_open()
         cdef nat.ContextHandle *handle = self._context._enter(True)
         try:
-            with nogil:
-                stepper.step(n_tokens_max, status)
+            for i in range(n_steps_max):
+                n_before = stepper.n_steps
+                with nogil:
+                    stepper.step(n_tokens_max, status)
+                if status.kind != nat.STATUS_OK or not stepper.events.empty():
+                    break
+                if self._pause or stepper.n_steps == n_before:
+                    break
+                PyErr_CheckSignals()
         finally:
+            self._pause = False
             handle.leave()
         if status.kind == nat.STATUS_OK:
             return stepper.events
@@ -165,6 +175,10 @@ cdef class Stepper:
             raise _error(errors.DecodeAborted, status, mark, "aborted")
         raise _error(errors.DecodeError, status, mark,
                      f"{_str(status.message)} with code {status.code}")
+
+    def pause(self):
+        """Make a `step` of another thread return after the batch it is at."""
+        self._pause = True
 
     def release(self, int i):
         """End slot `i`'s request; what it has in memory stays for reuse."""

@@ -151,7 +151,8 @@ void check_gguf(const std::vector<std::string> & paths, const llama_model_kv_ove
         const std::string path = files[i];
         const GgufPtr     gguf = open_metadata(path);
         if (gguf == nullptr) {
-            throw std::runtime_error(path + " is not a readable GGUF file");
+            throw std::runtime_error((files.size() > 1 ? path + " is " : std::string()) +
+                                     "not a readable GGUF file");
         }
         check_tensors(gguf.get());
         if (i == 0) {

@@ -1,6 +1,9 @@
 #include "guard.h"
 
+#include <atomic>
+#include <chrono>
 #include <cstdio>
+#include <thread>
 
 #include "ggml.h"
 
@@ -22,6 +25,31 @@ void on_abort(const char * message) {
 
 AbortGuard::AbortGuard() { ++guard_depth; }
 AbortGuard::~AbortGuard() { --guard_depth; }
+
+namespace {
+
+std::atomic<int>  callbacks{0};
+std::atomic<bool> callbacks_refused{false};
+
+}  // namespace
+
+bool enter_callback() noexcept {
+    ++callbacks;
+    if (callbacks_refused) {
+        --callbacks;
+        return false;
+    }
+    return true;
+}
+
+void leave_callback() noexcept { --callbacks; }
+
+void refuse_callbacks() noexcept {
+    callbacks_refused = true;
+    for (int i = 0; i < 1000 && callbacks > 0; ++i) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+}
 
 void install_abort_handler() { ggml_set_abort_callback(on_abort); }
 

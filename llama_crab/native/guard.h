@@ -40,6 +40,14 @@ public:
 
 void install_abort_handler();
 
+// Python ends a thread that waits for the GIL while the interpreter shuts down by unwinding its
+// stack, which llama.cpp's frames do not survive. So callbacks ask first: false means do not wait.
+bool enter_callback() noexcept;
+void leave_callback() noexcept;
+
+// From now on enter_callback() refuses; returns when those inside have left, or after a second.
+void refuse_callbacks() noexcept;
+
 template <typename Fn>
 void guarded(Status & status, Fn && fn) noexcept {
     try {

@@ -20,15 +20,16 @@ struct ErrorLine {
     std::string     text;
 };
 
-std::mutex              mutex;
-std::deque<LogLine>     ring;
-std::deque<ErrorLine>   errors;
+std::mutex            mutex;
+std::deque<LogLine>   ring;
+std::deque<ErrorLine> errors;
+std::atomic<int>      min_level{GGML_LOG_LEVEL_WARN};
+std::atomic<uint64_t> seen{0};
+std::atomic<bool>     pending{false};
+
 // A line may come in several calls; each thread puts its own together.
 thread_local std::string partial;
 thread_local int         partial_level = GGML_LOG_LEVEL_INFO;
-std::atomic<int>        min_level{GGML_LOG_LEVEL_WARN};
-std::atomic<uint64_t>   seen{0};
-std::atomic<bool>       pending{false};
 
 void finish_line() {
     const uint64_t seq = seen.fetch_add(1, std::memory_order_relaxed);

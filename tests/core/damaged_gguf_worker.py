@@ -26,7 +26,19 @@ TIME_LIMIT_SEC = 30
 ADDRESS_SPACE = 6 << 30
 
 # GGUF value types: struct format of the scalars; 8 is a string, 9 an array.
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "B",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING, ARRAY = 8, 9
 
 INTEGERS = (
@@ -118,7 +130,9 @@ def _write(data: bytearray, spot: Spot, rng: random.Random) -> str:
         struct.pack_into("<" + spot.form, data, spot.at, new)
     else:
         old = int.from_bytes(data[spot.at : spot.at + size], "little")
-        new = rng.choice((*INTEGERS, old + 1, old - 1, old * 2, old // 2, old + 8)) % (1 << 8 * size)
+        new = rng.choice((*INTEGERS, old + 1, old - 1, old * 2, old // 2, old + 8)) % (
+            1 << 8 * size
+        )
         data[spot.at : spot.at + size] = new.to_bytes(size, "little")
     return f"{spot.what} = {new}"
 

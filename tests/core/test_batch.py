@@ -76,7 +76,9 @@ def test_add_and_extend_are_the_same(tiny_context: _core.Context) -> None:
 
 def test_a_token_shared_by_sequences_is_in_each(tiny: _core.Model) -> None:
     with (
-        _core.Context(tiny, n_ctx=64, n_seq_max=4, kv_unified=True, n_threads=1, n_threads_batch=1) as context,
+        _core.Context(
+            tiny, n_ctx=64, n_seq_max=4, kv_unified=True, n_threads=1, n_threads_batch=1
+        ) as context,
         _core.Batch(8, 4) as batch,
     ):
         for pos in range(3):

@@ -165,7 +165,9 @@ def reference_logits(path: Path, tokens: list[int]) -> np.ndarray:
 def test_logits_equal_a_transformer_written_in_numpy(tiny: _core.Model, tiny_path: Path) -> None:
     tokens = tiny.vocab.tokenize("the quick brown fox jumps", True, False)
     with (
-        _core.Context(tiny, n_ctx=64, type_k="f32", type_v="f32", flash_attn_type="disabled", **ONE) as context,
+        _core.Context(
+            tiny, n_ctx=64, type_k="f32", type_v="f32", flash_attn_type="disabled", **ONE
+        ) as context,
         _core.Batch(64) as batch,
     ):
         batch.extend(tokens, 0, 0, "last")

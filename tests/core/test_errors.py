@@ -24,7 +24,7 @@ ALWAYS = {
     "Sampler": {"close", "closed"},
     "LoraAdapter": {"close", "closed", "model", "path"},
     "Memory": set(),
-    "Stepper": {"context"},
+    "Stepper": {"context", "pause"},
 }
 
 
@@ -68,6 +68,7 @@ def arguments(batch: _core.Batch, context: _core.Context) -> dict[str, tuple[Any
         "Stepper.step": (8,),
         "Stepper.reusable_prefix": (0, [1]),
         "Stepper.text": (0, 0),
+        "Stepper.news": (0, 0, 0),
         **{
             f"Stepper.{name}": (0,)
             for name in (
@@ -325,7 +326,7 @@ def test_log_lines_of_other_threads_are_not_attached(tmp_path: Path) -> None:
 
     def fail(i: int) -> None:
         for turn in range(50):
-            path = tmp_path / f"thread{i}-{turn}.gguf"
+            path = tmp_path / f"of-{i}-{turn}.gguf"
             path.write_bytes(b"GGUF")
             with pytest.raises(errors.ModelLoadError) as caught:
                 _core.Model(path)
@@ -338,4 +339,4 @@ def test_log_lines_of_other_threads_are_not_attached(tmp_path: Path) -> None:
         thread.join()
     for i in range(2):
         assert len(found[i]) == 50
-        assert not any(f"thread{1 - i}" in text for text in found[i])
+        assert not any(f"of-{1 - i}-" in text for text in found[i])

@@ -69,9 +69,7 @@ def test_a_file_gives_back_tokens_and_state(
         np.testing.assert_allclose(feed(other, [400], 6), expected, atol=1e-5)
 
 
-def test_a_file_without_tokens(
-    tiny: _core.Model, prefilled: _core.Context, tmp_path: Path
-) -> None:
+def test_a_file_without_tokens(tiny: _core.Model, prefilled: _core.Context, tmp_path: Path) -> None:
     prefilled.state_save(tmp_path / "empty", [])
     with _core.Context(tiny, **ONE) as other:
         assert other.state_load(tmp_path / "empty") == []
@@ -83,7 +81,10 @@ def test_real_models_continue_identically(
 ) -> None:
     for model in (smol, gemma):
         fields: Any = {
-            "n_ctx": 64, "n_batch": 32, "n_threads": n_threads, "n_threads_batch": n_threads,
+            "n_ctx": 64,
+            "n_batch": 32,
+            "n_threads": n_threads,
+            "n_threads_batch": n_threads,
             "n_outputs_max": 1,
         }
         tokens = model.vocab.tokenize("The capital of France is", True, False)
@@ -125,9 +126,7 @@ def test_the_state_of_another_model_is_refused(
         other.state_set(data, 0)
 
 
-def test_a_state_that_does_not_fit_is_refused(
-    tiny: _core.Model, prefilled: _core.Context
-) -> None:
+def test_a_state_that_does_not_fit_is_refused(tiny: _core.Model, prefilled: _core.Context) -> None:
     anything: Any = {**ONE, "n_ctx": 512, "n_batch": 512, "n_seq_max": 1}
     with _core.Context(tiny, **anything) as large, _core.Batch(512) as batch:
         batch.extend([5] * 512, 0, 0, "last")

@@ -31,9 +31,7 @@ def test_counts_are_reported_and_do_not_change_results(
     tiny: _core.Model, counts: tuple[int, int]
 ) -> None:
     with (
-        _core.Context(
-            tiny, n_ctx=64, n_threads=counts[0], n_threads_batch=counts[1]
-        ) as context,
+        _core.Context(tiny, n_ctx=64, n_threads=counts[0], n_threads_batch=counts[1]) as context,
         _core.Context(tiny, n_ctx=64, n_threads=1, n_threads_batch=1) as single,
     ):
         assert (context.n_threads, context.n_threads_batch) == counts
@@ -55,9 +53,7 @@ def test_one_pool_for_equal_counts_two_for_different_ones(
     tiny: _core.Model, counts: tuple[int, int], n_new: int
 ) -> None:
     before = threads_of_this_process()
-    with _core.Context(
-        tiny, n_ctx=64, n_threads=counts[0], n_threads_batch=counts[1]
-    ) as context:
+    with _core.Context(tiny, n_ctx=64, n_threads=counts[0], n_threads_batch=counts[1]) as context:
         # The calling thread is one of each pool; decoding must start no more.
         assert threads_of_this_process() == before + n_new
         logits(context)
