@@ -25,7 +25,7 @@ build: $(VENV)/installed  ## build and install the package into .venv
 
 lint: $(VENV)/dev build
 	export PATH="$(CURDIR)/$(BIN):$$PATH"; ruff check && ruff format --check && cython-lint llama_crab \
-		&& mypy && stubtest llama_crab._core --mypy-config-file pyproject.toml
+		&& mypy && stubtest llama_crab._core --mypy-config-file pyproject.toml --allowlist tests/typing/stubtest-allowlist.txt
 
 bench: $(VENV)/dev build native models  ## ratios to native llama-bench, in one run
 	$(BIN)/pytest benchmarks $(PYTEST_ARGS)

@@ -51,14 +51,36 @@ class Native:
         self.folder = folders[0]
 
     def bench(
-        self, model: Path, *, n_prompt: int = 0, n_gen: int = 0, depth: int = 0,
-        flash_attn: bool = True, repetitions: int = REPETITIONS,
+        self,
+        model: Path,
+        *,
+        n_prompt: int = 0,
+        n_gen: int = 0,
+        depth: int = 0,
+        flash_attn: bool = True,
+        repetitions: int = REPETITIONS,
     ) -> float:
         """Return llama-bench's tokens per second (median of its repetitions)."""
         command = [
-            str(self.folder / "llama-bench"), "-m", str(model), "-p", str(n_prompt),
-            "-n", str(n_gen), "-d", str(depth), "-t", str(N_THREADS), "-fa", str(int(flash_attn)),
-            "-r", str(repetitions), "-o", "json", "-ngl", str(GPU_LAYERS),
+            str(self.folder / "llama-bench"),
+            "-m",
+            str(model),
+            "-p",
+            str(n_prompt),
+            "-n",
+            str(n_gen),
+            "-d",
+            str(depth),
+            "-t",
+            str(N_THREADS),
+            "-fa",
+            str(int(flash_attn)),
+            "-r",
+            str(repetitions),
+            "-o",
+            "json",
+            "-ngl",
+            str(GPU_LAYERS),
         ]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         (row,) = json.loads(done.stdout)
@@ -72,7 +94,7 @@ def native() -> Native:
 
 @pytest.fixture(scope="session", params=["smollm2", "gemma"])
 def model_path(request: pytest.FixtureRequest) -> Path:
-    """The real models of the suite, by name."""
+    """Return the real models of the suite, by name."""
     return fetch_models.fetch(MODELS[request.param])
 
 
@@ -110,7 +132,10 @@ def pytest_terminal_summary(
 def machine() -> dict[str, Any]:
     """Return where and from what the figures come."""
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True,
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         check=False,
     ).stdout.strip()
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ N_GEN = 128
 def load(path: Path, n_ctx: int, flash_attn: bool) -> Llama:
     # As llama-bench: the context just large enough, so that both pad the cache alike.
     return Llama(
-        path, n_ctx=n_ctx, flash_attn_type=flash_attn, n_threads=N_THREADS,
+        path,
+        n_ctx=n_ctx,
+        flash_attn_type=flash_attn,
+        n_threads=N_THREADS,
         n_gpu_layers=GPU_LAYERS or None,
     )
 
@@ -27,7 +31,10 @@ def load(path: Path, n_ctx: int, flash_attn: bool) -> Llama:
 @pytest.mark.parametrize("flash_attn", [True, False], ids=["fa", "nofa"])
 @pytest.mark.benchmark(group="decode")
 def test_decode(
-    benchmark: BenchmarkFixture, native: Native, figures: dict[str, Any], model_path: Path,
+    benchmark: BenchmarkFixture,
+    native: Native,
+    figures: dict[str, Any],
+    model_path: Path,
     flash_attn: bool,
 ) -> None:
     """Greedy end-to-end decode, 128 tokens after a 16-token prompt, against tg128 -d 16."""
@@ -39,13 +46,17 @@ def test_decode(
         stepper = llama._engine.scheduler.stepper
 
         def before() -> None:
-            theirs.append(native.bench(
-                model_path, n_gen=N_GEN, depth=len(prompt), flash_attn=flash_attn))
+            theirs.append(
+                native.bench(model_path, n_gen=N_GEN, depth=len(prompt), flash_attn=flash_attn)
+            )
 
         def run() -> None:
             decoded = stepper.decode_us
             result = llama.create_completion(
-                prompt, N_GEN + 1, sampler=SamplerChain.benchmark(), ignore_eos=True,
+                prompt,
+                N_GEN + 1,
+                sampler=SamplerChain.benchmark(),
+                ignore_eos=True,
                 cache_prompt=False,
             )
             timings = result.timings
@@ -59,7 +70,9 @@ def test_decode(
         benchmark.pedantic(run, setup=before, rounds=ROUNDS)
     ratio = statistics.median(ours) / statistics.median(theirs)
     figure = {
-        "ratio": round(ratio, 4), "ours_tok_s": spread(ours), "llama_bench_tok_s": spread(theirs),
+        "ratio": round(ratio, 4),
+        "ours_tok_s": spread(ours),
+        "llama_bench_tok_s": spread(theirs),
         "overhead_us_per_token": spread(overhead),
     }
     benchmark.extra_info.update(figure)
@@ -85,45 +98,65 @@ def test_prefill(
         run()
         ours.clear()
         benchmark.pedantic(
-            run, setup=lambda: theirs.append(native.bench(model_path, n_prompt=512)),
+            run,
+            setup=lambda: theirs.append(native.bench(model_path, n_prompt=512)),
             rounds=ROUNDS,
         )
     ratio = statistics.median(ours) / statistics.median(theirs)
     figure = {
-        "ratio": round(ratio, 4), "ours_tok_s": spread(ours), "llama_bench_tok_s": spread(theirs),
+        "ratio": round(ratio, 4),
+        "ours_tok_s": spread(ours),
+        "llama_bench_tok_s": spread(theirs),
     }
     benchmark.extra_info.update(figure)
     figures[f"prefill/{model_path.stem}"] = figure
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+OPTIONS: dict[str, Any] = {
+    "sampler": SamplerChain.benchmark(),
+    "ignore_eos": True,
+    "cache_prompt": False,
+}
+
+
 @pytest.mark.benchmark(group="overhead")
-def test_overhead_is_flat(
-    benchmark: BenchmarkFixture, figures: dict[str, Any], smollm2: Path, stream: bool
+def test_overhead_of_a_whole_answer(
+    benchmark: BenchmarkFixture, figures: dict[str, Any], smollm2: Path
 ) -> None:
-    """What a token costs beyond llama_decode and sampling, early and late in a long answer."""
-    marks: list[tuple[float, float]] = []
+    """What a token costs beyond llama_decode and sampling, in a short and in a long answer."""
+    found: dict[str, float] = {}
     with load(smollm2, 2304, True) as llama:
         stepper = llama._engine.scheduler.stepper
-        step = llama._engine.scheduler.step
+
+        def run() -> None:
+            for n in (100, 200, 1900, 2000):
+                before = stepper.decode_us + stepper.sample_us
+                start = time.perf_counter()
+                llama.create_completion([1000], n, **OPTIONS)
+                spent = (time.perf_counter() - start) * 1e6
+                overhead = spent - (stepper.decode_us + stepper.sample_us - before)
+                found[f"answer_of_{n}_us_per_token"] = round(overhead / n, 2)
+
+        benchmark.pedantic(run, rounds=1)
+    benchmark.extra_info.update(found)
+    figures["overhead/whole"] = found
+
+
+@pytest.mark.benchmark(group="overhead")
+def test_overhead_of_a_stream(
+    benchmark: BenchmarkFixture, figures: dict[str, Any], smollm2: Path
+) -> None:
+    """The same while every token is handed out, with a stop string, early and late."""
+    marks: list[tuple[float, int]] = []
+    with load(smollm2, 2304, True) as llama:
+        stepper = llama._engine.scheduler.stepper
 
         def run() -> None:
             marks.clear()
-            import time
-
-            def counted() -> None:
-                step()
-                marks.append((time.perf_counter() * 1e6, stepper.decode_us + stepper.sample_us))
-
-            llama._engine.scheduler.step = counted  # type: ignore[method-assign]
-            options: dict[str, Any] = {
-                "sampler": SamplerChain.benchmark(), "ignore_eos": True, "cache_prompt": False,
-            }
-            if stream:
-                for _ in llama.create_completion([1000], 2001, stream=True, stop="\0", **options):
-                    pass
-            else:
-                llama.create_completion([1000], 2001, **options)
+            chunks = llama.create_completion([1000], 2001, stream=True, stop="\0", **OPTIONS)
+            marks.extend(
+                (time.perf_counter() * 1e6, stepper.decode_us + stepper.sample_us) for _ in chunks
+            )
 
         benchmark.pedantic(run, rounds=1)
 
@@ -134,8 +167,6 @@ def test_overhead_is_flat(
         ]
         return round(statistics.median(spent), 2)
 
-    figure = {
-        "tokens_100_200_us": overhead(100, 200), "tokens_1900_2000_us": overhead(1900, 2000)
-    }
+    figure = {"tokens_100_200_us": overhead(100, 200), "tokens_1900_2000_us": overhead(1900, 2000)}
     benchmark.extra_info.update(figure)
-    figures[f"overhead/{'stream' if stream else 'whole'}"] = figure
+    figures["overhead/stream"] = figure

@@ -26,7 +26,9 @@ print((time.perf_counter() - start) * 1e3)
 
 def import_ms(module: str) -> float:
     done = subprocess.run(
-        [sys.executable, "-c", _IMPORT.format(module=module)], check=True, capture_output=True,
+        [sys.executable, "-c", _IMPORT.format(module=module)],
+        check=True,
+        capture_output=True,
         text=True,
     )
     return float(done.stdout)
@@ -94,9 +96,26 @@ def test_load_and_memory(
     ours: list[tuple[float, float]] = []
     theirs: list[tuple[float, float]] = []
     command = [
-        str(native.folder / "llama-completion"), "-m", str(model_path), "-p", PROMPT, "-n", "64",
-        "--temp", "0", "-c", "1024", "-t", str(N_THREADS), "-fa", "on", "-no-cnv", "--no-warmup",
-        "--perf", "-ngl", str(GPU_LAYERS),
+        str(native.folder / "llama-completion"),
+        "-m",
+        str(model_path),
+        "-p",
+        PROMPT,
+        "-n",
+        "64",
+        "--temp",
+        "0",
+        "-c",
+        "1024",
+        "-t",
+        str(N_THREADS),
+        "-fa",
+        "on",
+        "-no-cnv",
+        "--no-warmup",
+        "--perf",
+        "-ngl",
+        str(GPU_LAYERS),
     ]
 
     def before() -> None:
@@ -106,10 +125,16 @@ def test_load_and_memory(
         theirs.append((float(match[1]) / 1e3, rss))
 
     def run() -> None:
-        output, rss = run_measured([
-            sys.executable, "-c", _RUN.format(prompt=PROMPT), str(model_path), str(N_THREADS),
-            str(GPU_LAYERS),
-        ])
+        output, rss = run_measured(
+            [
+                sys.executable,
+                "-c",
+                _RUN.format(prompt=PROMPT),
+                str(model_path),
+                str(N_THREADS),
+                str(GPU_LAYERS),
+            ]
+        )
         ours.append((float(output.splitlines()[-1]), rss))
 
     benchmark.pedantic(run, setup=before, rounds=5)
@@ -120,7 +145,9 @@ def test_load_and_memory(
         "llama_completion_rss_mib": spread([value for _, value in theirs]),
         "rss_difference_mib": round(
             statistics.median(value for _, value in ours)
-            - statistics.median(value for _, value in theirs), 1),
+            - statistics.median(value for _, value in theirs),
+            1,
+        ),
     }
     benchmark.extra_info.update(figure)
     figures[f"load/{model_path.stem}"] = figure

@@ -13,20 +13,22 @@ Rules (docs/architecture.md says why):
 5. The GIL is released around load, free, decode, encode, sample, tokenise and state.
 6. A Context is used by one thread at a time: `_enter()` refuses the second.
 """
-from cpython.buffer cimport (
-    PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDED_RO, PyBUF_WRITABLE,
-    PyBuffer_IsContiguous, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer)
-from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.exc cimport PyErr_CheckSignals
-from cpython.number cimport PyNumber_Index
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy, strlen
-from libcpp cimport bool as cbool
-from libcpp.string cimport string
-from libcpp.utility cimport move
-from libcpp.vector cimport vector
-from cython.operator cimport dereference as deref
-cimport cython
+# The included parts use these, which a reader of this file alone cannot see.
+from cpython.buffer cimport PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE  # no-cython-lint
+from cpython.buffer cimport PyBUF_STRIDED_RO, PyBUF_WRITABLE  # no-cython-lint
+from cpython.buffer cimport PyBuffer_IsContiguous, PyBuffer_Release  # no-cython-lint
+from cpython.buffer cimport PyObject_CheckBuffer, PyObject_GetBuffer  # no-cython-lint
+from cpython.bytes cimport PyBytes_FromStringAndSize  # no-cython-lint
+from cpython.exc cimport PyErr_CheckSignals  # no-cython-lint
+from cpython.number cimport PyNumber_Index  # no-cython-lint
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t  # no-cython-lint
+from libc.string cimport memcpy  # no-cython-lint
+from libcpp cimport bool as cbool  # no-cython-lint
+from libcpp.string cimport string  # no-cython-lint
+from libcpp.utility cimport move  # no-cython-lint
+from libcpp.vector cimport vector  # no-cython-lint
+from cython.operator cimport dereference as deref  # no-cython-lint
+cimport cython  # no-cython-lint
 
 from llama_crab.capi cimport lib
 from llama_crab.capi cimport native as nat
@@ -34,7 +36,7 @@ from llama_crab.capi cimport native as nat
 import atexit
 import os
 
-from llama_crab import errors
+from llama_crab import errors  # no-cython-lint
 
 include "handles/status.pxi"     # Status -> exception, fork check, buffers of token ids
 include "handles/logsink.pxi"    # drain_log, set_log_level

@@ -35,7 +35,12 @@ class CompletionStream(Iterator[CompletionChunk]):
     """
 
     def __init__(
-        self, engine: Engine, request: Request, vocab: Vocab, echo: str, model: str,
+        self,
+        engine: Engine,
+        request: Request,
+        vocab: Vocab,
+        echo: str,
+        model: str,
         load_sec: float,
     ) -> None:
         self._engine = engine
@@ -135,8 +140,17 @@ class CompletionStream(Iterator[CompletionChunk]):
         if not news.last and index in self._offsets and request.logprobs is None:
             # Most chunks: nothing but text and tokens.
             return CompletionChunk(
-                news.text, index, news.tokens, None, None, None, None, None, request.id,
-                self._created, self._model,
+                news.text,
+                index,
+                news.tokens,
+                None,
+                None,
+                None,
+                None,
+                None,
+                request.id,
+                self._created,
+                self._model,
             )
         offsets = self._offsets.get(index)
         text = news.text

@@ -58,12 +58,12 @@ def spm_tokens(source: Path) -> Tokens:
 
 
 def bpe_tokens(source: Path) -> Tokens:
-    """Return a cut of a byte-level BPE vocabulary: 256 bytes, the first 300 merges, two specials."""
+    """Return a cut of a byte-level BPE vocabulary: 256 bytes, 300 merges, two specials."""
     reader = gguf.GGUFReader(source)
     texts = reader.fields["tokenizer.ggml.tokens"].contents()[:256]
     merges = reader.fields["tokenizer.ggml.merges"].contents()[:300]
     texts += ["".join(merge.split(" ")) for merge in merges]
-    texts = list(dict.fromkeys(texts)) + ["<|begin|>", "<|end|>"]
+    texts = [*dict.fromkeys(texts), "<|begin|>", "<|end|>"]
     normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
     return Tokens(
         model="gpt2",
@@ -127,7 +127,8 @@ def write_lora(path: Path, *, arch: str = "llama", rank: int = 4, seed: int = 1)
 
 
 def _normal(rng: np.random.Generator, *shape: int) -> Array:
-    return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+    values: Array = (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+    return values
 
 
 def _tensors(arch: str, n_vocab: int, rng: np.random.Generator) -> dict[str, Array]:

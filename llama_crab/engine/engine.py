@@ -14,7 +14,7 @@ from .scheduler import Scheduler
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import TypeVar, TypeVarTuple, Unpack
+    from typing import TypeVar, TypeVarTuple
 
     Result = TypeVar("Result")
     Args = TypeVarTuple("Args")
@@ -74,7 +74,7 @@ class Engine:
         """Have the next step end a request. Takes no lock: the collector may call this anywhere."""
         self._abandoned.append(request)
 
-    def _exclusively(self, work: Callable[[Unpack[Args]], Result], *args: Unpack[Args]) -> Result:
+    def _exclusively(self, work: Callable[[*Args], Result], *args: *Args) -> Result:
         """Run `work` alone, then let threads that wait get in first.
 
         A thread that drives the loop would take the lock again at once, and the others starve. The

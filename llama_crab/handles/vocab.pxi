@@ -166,8 +166,9 @@ cdef class Vocab:
         """All ids that end a generation, as a tuple."""
         self._require_open()
         cdef int32_t token
-        return tuple(
-            [token for token in range(self.n_tokens) if lib.llama_vocab_is_eog(self._c_vocab, token)])
+        cdef const lib.llama_vocab *vocab = self._c_vocab
+        return tuple([token for token in range(self.n_tokens)
+                      if lib.llama_vocab_is_eog(vocab, token)])
 
     @property
     def suppress_tokens(self):

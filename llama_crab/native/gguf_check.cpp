@@ -108,14 +108,12 @@ void check_tensors(const gguf_context * gguf) {
     for (int64_t i = 0; i < gguf_get_n_tensors(gguf); ++i) {
         const ggml_type   type = gguf_get_tensor_type(gguf, i);
         const std::string name = gguf_get_tensor_name(gguf, i);
-        const int64_t *   ne   = gguf_get_tensor_ne(gguf, i);
         // A matrix product calls the type's dot product, a null pointer for integers and the like.
         // Tables from token to expert are integers by design; they are only looked up.
         const bool computable = ggml_get_type_traits_cpu(type)->vec_dot != nullptr ||
                                 name.find("tid2eid") != std::string::npos;
         // Norms and biases go through elementwise operators, which assert in the compute threads.
-        const bool elementwise = (ne[1] == 1 && ne[2] == 1 && ne[3] == 1) ||
-                                 ends_with(name, "_norm.weight");
+        const bool elementwise = ends_with(name, "norm.weight") || ends_with(name, ".bias");
         if (!computable || (elementwise && type != GGML_TYPE_F32)) {
             throw std::runtime_error("tensor " + name + " has type " + ggml_type_name(type) +
                                      ", with which llama.cpp cannot compute");

@@ -149,6 +149,6 @@ def test_control_vectors_of_wrong_shape_or_layers(tiny: _core.Model) -> None:
             with pytest.raises(errors.AdapterError, match="float32 rows of 64"):
                 context.set_control_vector(bad)
         for layers in ((0, 1), (1, 2), (2, 1)):
-            with pytest.raises(errors.AdapterError, match="outside 1..1"):
+            with pytest.raises(errors.AdapterError, match=r"outside 1\.\.1"):
                 context.set_control_vector(np.zeros(64, np.float32), *layers)
         logits(context)

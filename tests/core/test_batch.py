@@ -43,7 +43,7 @@ def test_extend_asks_for_the_rows_named(logits: str, n: int) -> None:
         lambda ids: array.array("i", ids),
         lambda ids: np.array(ids, np.int32),
         lambda ids: np.array(ids, np.int64),
-        lambda ids: memoryview(np.array(ids, np.int32)),
+        lambda ids: memoryview(array.array("i", ids)),
         lambda ids: np.repeat(np.array(ids, np.int32), 3)[::3],
     ],
 )

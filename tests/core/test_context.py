@@ -131,7 +131,8 @@ def reference_logits(path: Path, tokens: list[int]) -> np.ndarray:
     n = len(tokens)
 
     def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * weight
+        scaled: np.ndarray = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * weight
+        return scaled
 
     angle = np.arange(n)[:, None] / 10000.0 ** (np.arange(0, head, 2) / head)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
@@ -159,7 +160,8 @@ def reference_logits(path: Path, tokens: list[int]) -> np.ndarray:
         h = norm(x, w[p + "ffn_norm.weight"])
         gate, up = h @ w[p + "ffn_gate.weight"].T, h @ w[p + "ffn_up.weight"].T
         x = x + (gate / (1 + np.exp(-gate)) * up) @ w[p + "ffn_down.weight"].T
-    return norm(x, w["output_norm.weight"])[-1] @ w["output.weight"].T
+    logits: np.ndarray = norm(x, w["output_norm.weight"])[-1] @ w["output.weight"].T
+    return logits
 
 
 def test_logits_equal_a_transformer_written_in_numpy(tiny: _core.Model, tiny_path: Path) -> None:

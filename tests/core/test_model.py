@@ -100,7 +100,7 @@ def test_facts_are_those_that_were_written(tiny: _core.Model, tiny_gguf: ModuleT
     assert tiny.desc.startswith("llama")
     assert tiny.ftype == "all F32"
     assert (tiny.n_swa, tiny.has_encoder, tiny.has_decoder) == (0, False, True)
-    assert not (tiny.is_recurrent or tiny.is_hybrid or tiny.is_diffusion)
+    assert (tiny.is_recurrent, tiny.is_hybrid, tiny.is_diffusion) == (False, False, False)
     assert (tiny.n_embd_inp, tiny.n_embd_out) == (t.N_EMBD, t.N_EMBD)
     assert tiny.decoder_start_token is None
     assert tiny.rope_freq_scale_train == 1.0
@@ -194,7 +194,7 @@ def test_what_the_progress_callback_raises_arrives(
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows delivers SIGINT to consoles only")
 def test_ctrl_c_ends_a_load(tiny_path: Path) -> None:
-    sent = []
+    sent: list[float] = []
 
     def interrupt_once(fraction: float) -> None:
         if not sent:

@@ -158,7 +158,10 @@ def test_ctrl_c_ends_a_generation_within_a_step(smol_llama: Llama, streamed: boo
             complete(smol_llama, PROMPTS[0], 900, ignore_eos=True)
     # The step that was running, and one that may have begun while the thread looked.
     assert stepper.n_steps <= at_signal + 2
-    assert (smol_llama._engine.scheduler.n_running, smol_llama._engine.scheduler.n_waiting) == (0, 0)
+    assert (smol_llama._engine.scheduler.n_running, smol_llama._engine.scheduler.n_waiting) == (
+        0,
+        0,
+    )
     assert complete(smol_llama, PROMPTS[0]).text == expected
 
 

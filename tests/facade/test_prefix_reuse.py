@@ -92,7 +92,9 @@ def test_smollm2_answers_as_a_fresh_context(smol_pair: tuple[Llama, Llama]) -> N
         before = reused._engine.scheduler.stepper.n_decoded
         result = complete(reused, prompt)
         assert result.timings.cached_n == result.usage.cached_tokens == n_cached, name
-        assert reused._engine.scheduler.stepper.n_decoded - before == len(prompt) - n_cached + 15, name
+        assert reused._engine.scheduler.stepper.n_decoded - before == len(prompt) - n_cached + 15, (
+            name
+        )
         if name == "nothing in common":  # the same batches as afresh
             assert result.tokens == expected.tokens
         assert_equal_but_for_close_calls(fresh, prompt, expected, result)

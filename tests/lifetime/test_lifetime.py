@@ -33,11 +33,11 @@ def nothing_lives():
 @pytest.fixture
 def run(tiny_path: Path, tiny_lora_path: Path) -> Run:
     """Return a function that runs code in a new interpreter and expects a silent, clean end."""
+    command = [sys.executable, "-X", "faulthandler", "-c"]
 
     def run_code(code: str) -> None:
         done = subprocess.run(
-            [sys.executable, "-X", "faulthandler", "-c", PRELUDE + code]
-            + [str(tiny_path), str(tiny_lora_path)],
+            [*command, PRELUDE + code, str(tiny_path), str(tiny_lora_path)],
             check=False,
             capture_output=True,
             text=True,
