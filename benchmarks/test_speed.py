@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GPU_LAYERS, N_THREADS, Native, spread
 from pytest_benchmark.fixture import BenchmarkFixture
+from side_by_side import GPU_LAYERS, N_THREADS, Native, spread
 
 from llama_crab import Llama, SamplerChain
 

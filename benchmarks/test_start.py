@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GPU_LAYERS, N_THREADS, Native, spread
 from pytest_benchmark.fixture import BenchmarkFixture
+from side_by_side import GPU_LAYERS, N_THREADS, Native, spread
 
 PROMPT = "The capital of France is"
+# Not the checkout, where the uncompiled package would be found first.
+HOME = Path.home()
 _IMPORT = """
 import time
 start = time.perf_counter()
@@ -27,6 +29,7 @@ print((time.perf_counter() - start) * 1e3)
 def import_ms(module: str) -> float:
     done = subprocess.run(
         [sys.executable, "-c", _IMPORT.format(module=module)],
+        cwd=HOME,
         check=True,
         capture_output=True,
         text=True,
@@ -74,7 +77,7 @@ def run_measured(command: list[str]) -> tuple[str, float]:
     """
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            command, cwd=HOME, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
         peak = 0.0
         while process.poll() is None:

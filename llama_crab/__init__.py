@@ -1,5 +1,14 @@
 """llama.cpp for programs where latency counts."""
 
+try:
+    from . import _core as _core
+except ImportError as error:
+    if error.name != __name__:
+        raise  # it is there, and says itself what it misses
+    raise ImportError(
+        f"llama_crab is not compiled in {__path__[0]}. In a source checkout run `make build` and "
+        "use its .venv from another folder, or `pip install -e .`"
+    ) from error
 from . import errors
 from ._version import __version__
 from .completion import (

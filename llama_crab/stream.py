@@ -71,7 +71,7 @@ class CompletionStream(Iterator[CompletionChunk]):
         request = self._request
         try:
             while not request.news:
-                if request.done:
+                if request.end_us:
                     if request.error is not None:
                         raise request.error
                     raise StopIteration

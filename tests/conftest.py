@@ -14,6 +14,9 @@ import pytest
 from llama_crab import _core
 from llama_crab.tuning import default_n_threads
 
+# Children started in the checkout must find the installed package too, not the source.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 

@@ -56,7 +56,14 @@ class Engine:
 
         Raises `ClosedError`, `DecodeError`.
         """
-        self._exclusively(self._advance, request)
+        if self._lock.locked() or self._callers:
+            self._exclusively(self._advance, request)
+            return
+        # The usual case, once per streamed token: nobody else is there.
+        with self._lock:
+            self._advance(request)
+        if self._callers:
+            time.sleep(_HANDOVER_SEC)
 
     def cancel(self, request: Request) -> None:
         """End a request now; does nothing when it is done."""

@@ -73,7 +73,8 @@ class Scheduler:
         if self._interrupted:
             self._recover()
         self._interrupted = True
-        self._admit()
+        if self._waiting:
+            self._admit()
         try:
             news = self.stepper.step(self._budget, n_steps_max)
         except KVCacheFullError as error:
@@ -89,7 +90,8 @@ class Scheduler:
                 self._fail(request, error)
             raise
         finally:
-            logs.flush()
+            if _core.log_pending():
+                logs.flush()
         for slot in news:
             sequence = self._running.get(slot)
             if sequence is not None:
