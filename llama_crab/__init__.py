@@ -10,6 +10,7 @@ except ImportError as error:
         "use its .venv from another folder, or `pip install -e .`"
     ) from error
 from . import errors
+from ._core import devices, supports_gpu_offload, system_info
 from ._version import __version__
 from .completion import (
     Completion,
@@ -41,5 +42,8 @@ __all__ = [
     "TokenLogprob",
     "Usage",
     "__version__",
+    "devices",
     "errors",
+    "supports_gpu_offload",
+    "system_info",
 ]

@@ -25,6 +25,7 @@ class _ModelFields(TypedDict, total=False):
     main_gpu: int
     tensor_split: Iterable[float]
     devices: Iterable[Device | str]
+    tensor_buft_overrides: Mapping[str, str | Device]
     kv_overrides: Mapping[str, bool | int | float | str]
     progress_callback: Callable[[float], object]
     vocab_only: bool

@@ -76,6 +76,7 @@ _BOOLS = (
 )
 MODEL_FIELDS = (
     *("devices", "n_gpu_layers", "split_mode", "load_mode", "lazy_mode", "main_gpu"),
+    "tensor_buft_overrides",
     *("tensor_split", "kv_overrides", "check_tensors", "use_extra_bufts", "no_host", "load_mtp"),
 )
 CONTEXT_FIELDS = (
@@ -124,7 +125,8 @@ class LlamaParams:
     lazy_mode: str | None = None
     main_gpu: int | None = None
     tensor_split: tuple[float, ...] | None = None
-    # A dict does not hash; the other fields identify the parameters well enough for that.
+    # Dicts do not hash; the other fields identify the parameters well enough for that.
+    tensor_buft_overrides: Mapping[str, str] | None = field(default=None, hash=False)
     kv_overrides: Mapping[str, int | float | bool | str] | None = field(default=None, hash=False)
     check_tensors: bool | None = None
     use_extra_bufts: bool | None = None
@@ -178,6 +180,7 @@ class LlamaParams:
             self._normalise(name, _boolean, None)
         self._normalise("devices", _devices, None)
         self._normalise("tensor_split", _tensor_split, None)
+        self._normalise("tensor_buft_overrides", _buffer_overrides, None)
         self._normalise("kv_overrides", _overrides, None)
         self._check_batches()
         self._check_attention()
@@ -360,6 +363,14 @@ def _tensor_split(name: str, value: Any, _: None) -> tuple[float, ...]:
     if not any(parts):
         raise ParameterError(f"{name}: at least one proportion must be above 0")
     return parts
+
+
+def _buffer_overrides(name: str, value: Any, _: None) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(
+        isinstance(item, str) and item for pair in value.items() for item in pair
+    ):
+        raise ParameterError(f"{name}: expected tensor patterns with device names, not {value!r}")
+    return dict(value)
 
 
 def _overrides(name: str, value: Any, _: None) -> dict[str, int | float | bool | str]:

@@ -9,6 +9,10 @@ cdef extern from "ggml-backend.h" nogil:
         pass
     ctypedef ggml_backend_reg *ggml_backend_reg_t
 
+    ctypedef struct ggml_backend_buffer_type:
+        pass
+    ctypedef ggml_backend_buffer_type *ggml_backend_buffer_type_t
+
     enum ggml_backend_dev_type:
         GGML_BACKEND_DEVICE_TYPE_CPU
         GGML_BACKEND_DEVICE_TYPE_GPU
@@ -22,6 +26,8 @@ cdef extern from "ggml-backend.h" nogil:
     # The C function shares its name with the enum above.
     int c_dev_type "ggml_backend_dev_type" (ggml_backend_dev_t device)
     ggml_backend_reg_t ggml_backend_dev_backend_reg(ggml_backend_dev_t device)
+
+    ggml_backend_buffer_type_t ggml_backend_dev_buffer_type(ggml_backend_dev_t device)
 
     const char *ggml_backend_reg_name(ggml_backend_reg_t reg)
 

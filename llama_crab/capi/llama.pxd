@@ -4,7 +4,7 @@ from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool
 
 from llama_crab.capi.ggml cimport ggml_type
-from llama_crab.capi.ggml_backend cimport ggml_backend_dev_t
+from llama_crab.capi.ggml_backend cimport ggml_backend_buffer_type_t, ggml_backend_dev_t
 
 # Functions that can only run out of memory carry `except +`; what can throw or assert on bad input
 # is called through the guarded functions of native.pxd instead.
@@ -155,8 +155,13 @@ cdef extern from "llama.h" nogil:
         bool val_bool
         char val_str[128]
 
+    ctypedef struct llama_model_tensor_buft_override:
+        const char *pattern
+        ggml_backend_buffer_type_t buft
+
     ctypedef struct llama_model_params:
         ggml_backend_dev_t *devices
+        const llama_model_tensor_buft_override *tensor_buft_overrides
         int32_t n_gpu_layers
         llama_split_mode split_mode
         llama_load_mode load_mode
@@ -220,6 +225,7 @@ cdef extern from "llama.h" nogil:
     int64_t llama_time_us()
     size_t llama_max_devices()
     size_t llama_max_parallel_sequences()
+    size_t llama_max_tensor_buft_overrides()
     bool llama_supports_mmap()
     bool llama_supports_mlock()
     bool llama_supports_gpu_offload()

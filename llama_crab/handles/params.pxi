@@ -77,12 +77,27 @@ cdef float _number(str field, object value) except? -1000:
     return <float> number
 
 
+cdef lib.ggml_backend_dev_t _device(object item) except NULL:
+    """Return the device of a name or of a `Device`."""
+    name = item.name if isinstance(item, Device) else item
+    if not isinstance(name, str):
+        raise TypeError(f"expected a device name, not {type(name).__name__}")
+    encoded = name.encode()
+    cdef lib.ggml_backend_dev_t dev = lib.ggml_backend_dev_by_name(encoded)
+    if dev == NULL:
+        have = ", ".join([device.name for device in devices()])
+        raise errors.BackendUnavailableError(f"no device {name!r}; there are: {have}")
+    return dev
+
+
 @cython.final
 cdef class _ModelParams:
     """llama_model_params together with the arrays its pointers name."""
     cdef lib.llama_model_params c
     cdef vector[lib.ggml_backend_dev_t] devices
     cdef vector[float] tensor_split
+    cdef vector[lib.llama_model_tensor_buft_override] tensor_buft_overrides
+    cdef list patterns                 # bytes that tensor_buft_overrides points into
     cdef vector[lib.llama_model_kv_override] kv_overrides
     cdef object progress_callback
     cdef object raised                 # exception of the callback, re-raised after the load
@@ -105,6 +120,8 @@ cdef class _ModelParams:
             self.set_tensor_split(value)
         elif field == "devices":
             self.set_devices(value)
+        elif field == "tensor_buft_overrides":
+            self.set_tensor_buft_overrides(value)
         elif field == "kv_overrides":
             self.set_kv_overrides(value)
         elif field == "progress_callback":
@@ -140,17 +157,29 @@ cdef class _ModelParams:
         return 0
 
     cdef int set_devices(self, object value) except -1:
-        cdef lib.ggml_backend_dev_t dev
         for item in value:
-            name = item.name if isinstance(item, Device) else item
-            encoded = name.encode()
-            dev = lib.ggml_backend_dev_by_name(encoded)
-            if dev == NULL:
-                have = ", ".join(device.name for device in devices())
-                raise errors.BackendUnavailableError(f"no device {name!r}; there are: {have}")
-            self.devices.push_back(dev)
+            self.devices.push_back(_device(item))
         self.devices.push_back(NULL)
         self.c.devices = self.devices.data()
+        return 0
+
+    cdef int set_tensor_buft_overrides(self, object value) except -1:
+        cdef lib.llama_model_tensor_buft_override entry
+        cdef bytes encoded
+        self.patterns = []
+        for pattern, device in value.items():
+            encoded = pattern.encode()
+            self.patterns.append(encoded)
+            entry.pattern = encoded
+            entry.buft = lib.ggml_backend_dev_buffer_type(_device(device))
+            self.tensor_buft_overrides.push_back(entry)
+        if self.tensor_buft_overrides.size() >= lib.llama_max_tensor_buft_overrides():
+            raise ValueError("tensor_buft_overrides has too many entries")
+        # The list ends with an empty pattern.
+        entry.pattern = NULL
+        entry.buft = NULL
+        self.tensor_buft_overrides.push_back(entry)
+        self.c.tensor_buft_overrides = self.tensor_buft_overrides.data()
         return 0
 
     cdef int set_kv_overrides(self, object value) except -1:

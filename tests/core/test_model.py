@@ -27,6 +27,11 @@ PARAMETERS: dict[str, list[Any]] = {
     "tensor_split": [[1.0], [0.5, 0.5]],
     "devices": [[]],
     "kv_overrides": [{}, {"general.name": "other"}],
+    "tensor_buft_overrides": [
+        {},
+        {r"blk\.\d+\.ffn_.*": "CPU"},
+        {"token_embd": _core.devices()[-1]},
+    ],
     "progress_callback": [lambda fraction: None],
     "vocab_only": [False, True],
     "check_tensors": [False, True],
@@ -64,8 +69,8 @@ def test_every_field_of_the_c_struct_is_covered(llama_cpp_tree: Path) -> None:
         for line in body.splitlines()
         if ";" in line and not line.strip().startswith("//")
     }
-    # Buffer types are C pointers without a Python face; the other one belongs to the callback.
-    hidden = {"progress_callback_user_data", "tensor_buft_overrides"}
+    # It belongs to the callback.
+    hidden = {"progress_callback_user_data"}
     assert names - hidden == set(PARAMETERS)
 
 
@@ -82,6 +87,10 @@ def test_unknown_parameters_and_values_are_refused(tiny_path: Path) -> None:
         _core.Model(tiny_path, tensor_split=[float("nan")])
     with pytest.raises(errors.BackendUnavailableError, match="CPU"):
         _core.Model(tiny_path, devices=["no such device"])
+    with pytest.raises(errors.BackendUnavailableError, match="CPU"):
+        _core.Model(tiny_path, tensor_buft_overrides={"blk": "no such device"})
+    with pytest.raises(errors.ModelLoadError, match="cannot load"):
+        _core.Model(tiny_path, tensor_buft_overrides={"(": "CPU"})
     with pytest.raises(ValueError, match="127 bytes"):
         _core.Model(tiny_path, kv_overrides={"k" * 128: 1})
 
