@@ -85,25 +85,31 @@ ContextHandle::~ContextHandle() {
         llama_free(ctx);
         if (!broken) {
             // After an assertion the workers may wait at a barrier for ever: joining them would hang.
-            free_threadpools();
+            retire_threadpools();
+            free_retired_threadpools();
         }
     }
 }
 
-void ContextHandle::free_threadpools() {
-    if (threadpool_batch_ != nullptr) {
-        ggml_threadpool_free(threadpool_batch_);
-        threadpool_batch_ = nullptr;
+void ContextHandle::retire_threadpools() {
+    for (ggml_threadpool ** pool : {&threadpool_, &threadpool_batch_}) {
+        if (*pool != nullptr) {
+            retired_.push_back(*pool);
+            *pool = nullptr;
+        }
     }
-    if (threadpool_ != nullptr) {
-        ggml_threadpool_free(threadpool_);
-        threadpool_ = nullptr;
+}
+
+void ContextHandle::free_retired_threadpools() {
+    for (ggml_threadpool * pool : retired_) {
+        ggml_threadpool_free(pool);
     }
+    retired_.clear();
 }
 
 void ContextHandle::set_threads(int32_t n_threads, int32_t n_threads_batch) {
     llama_detach_threadpool(ctx);
-    free_threadpools();
+    retire_threadpools();
     llama_set_n_threads(ctx, n_threads, n_threads_batch);
 
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
@@ -149,6 +155,8 @@ void run_batch(ContextHandle & handle, const llama_batch & batch, bool encode,
     });
     if (status.kind == Status::asserted) {
         handle.broken = true;
+    } else if (status.kind == Status::ok) {
+        handle.free_retired_threadpools();
     }
 }
 

@@ -73,8 +73,12 @@ public:
     bool            broken        = false;  // an assertion fired inside: its state is unknown
     int32_t         n_outputs_max = 0;
 
+    // Frees pools that set_threads replaced. ggml's CPU backend pauses the pool of its last graph
+    // when it gets another one, so they must live until the next graph has run.
+    void free_retired_threadpools();
+
 private:
-    void free_threadpools();
+    void retire_threadpools();
 
     std::atomic<bool>        busy_{false};
     std::atomic<bool>        abort_requested_{false};
@@ -82,6 +86,7 @@ private:
     std::atomic<long>        epoch_{0};
     struct ggml_threadpool * threadpool_       = nullptr;
     struct ggml_threadpool * threadpool_batch_ = nullptr;
+    std::vector<struct ggml_threadpool *> retired_;
 };
 using ContextPtr = std::shared_ptr<ContextHandle>;
 
