@@ -67,7 +67,11 @@ def test_wheel_builds_from_the_sdist_without_network(sdist: Path, tmp_path: Path
     zipfile.ZipFile(wheel).extractall(site)
     code = "from llama_crab import _core; print(_core.__file__, _core.system_info())"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=site, check=True, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.startswith(str(site))
 
