@@ -18,6 +18,8 @@ from llama_crab.packaged import DEMO_MODEL, cache_dir
 
 MODEL = str(cache_dir() / "models" / DEMO_MODEL.file_name)
 PROMPT = "The capital of France is"
+# Greedily it goes on for thousands of tokens, so a signal always finds the run at work.
+ENDLESS = "1, 2, 3, 4, 5, 6,"
 COMMAND = [sys.executable, "-m", "llama_crab"]
 POSIX_SIGNALS = pytest.mark.skipif(
     sys.platform == "win32", reason="POSIX signals and pipes; Windows has neither"
@@ -155,7 +157,7 @@ def test_wrong_usage_is_status_2(args, message):
 
 @POSIX_SIGNALS
 def test_ctrl_c_keeps_the_text_prints_timings_and_gives_130():
-    with start("run", "-m", MODEL, "-n", "4000", "-c", "4096", "--temp", "1", PROMPT) as running:
+    with start("run", "-m", MODEL, "-n", "4000", "-c", "4096", "--temp", "0", ENDLESS) as running:
         head = running.stdout.read(20)
         running.send_signal(signal.SIGINT)
         rest, errors = running.communicate(timeout=60)
@@ -168,7 +170,7 @@ def test_ctrl_c_keeps_the_text_prints_timings_and_gives_130():
 
 @POSIX_SIGNALS
 def test_a_reader_that_leaves_ends_the_run_quietly():
-    with start("run", "-m", MODEL, "-n", "4000", "-c", "4096", "--temp", "1", PROMPT) as running:
+    with start("run", "-m", MODEL, "-n", "4000", "-c", "4096", "--temp", "0", ENDLESS) as running:
         running.stdout.read(5)
         running.stdout.close()
         errors = running.stderr.read()
