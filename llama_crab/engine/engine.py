@@ -56,14 +56,7 @@ class Engine:
 
         Raises `ClosedError`, `DecodeError`.
         """
-        if self._lock.locked() or self._callers:
-            self._exclusively(self._advance, request)
-            return
-        # The usual case, once per streamed token: nobody else is there.
-        with self._lock:
-            self._advance(request)
-        if self._callers:
-            time.sleep(_HANDOVER_SEC)
+        self._exclusively(self._advance, request)
 
     def cancel(self, request: Request) -> None:
         """End a request now; does nothing when it is done."""
@@ -89,8 +82,8 @@ class Engine:
         """
         me = threading.get_ident()
         self._callers[me] = None
-        if self._lock.locked():
-            self.scheduler.stepper.pause()
+        # Always: whoever holds the lock, or takes it before us, must not run on for many batches.
+        self.scheduler.stepper.pause()
         try:
             with self._lock:
                 self._callers.pop(me, None)

@@ -213,8 +213,7 @@ class Scheduler:
             return
         if sequence.stream.end < sequence.n_bytes:
             # Tokens that may yet turn out to spell a stop string wait with their text.
-            starts = [sequence.n_bytes_told, *ends[:-1]]
-            n = sum(start < sequence.stream.end for start in starts)
+            n = sequence.stream.n_tokens(sequence.n_bytes_told, ends)
             del tokens[n:], ends[n:]
         if not tokens and not text:
             return
@@ -239,10 +238,8 @@ class Scheduler:
         sequence.n_bytes += len(data)
         text += sequence.stream.push(data) + sequence.stream.flush()
         if sequence.stream.stop is not None:
-            # The tokens that gave at least one byte of the answer; the rest spelt the stop string.
-            starts = [0, *ends[:-1]]
-            n = sum(start < sequence.stream.end for start in starts)
-            sequence.tokens = sequence.tokens[:n]
+            # The rest spelt the stop string.
+            del sequence.tokens[sequence.stream.n_tokens(0, ends) :]
         sequence.logprobs = self.stepper.logprobs(slot)[: len(sequence.tokens)]
         sequence.prompt_logprobs = self.stepper.prompt_logprobs(slot)
         sequence.n_cached = self.stepper.progress(slot)[1]

@@ -64,6 +64,13 @@ class TextStream:
         self.end += len(rest)
         return self._decoder.decode(rest, final=True)
 
+    def n_tokens(self, start: int, ends: list[int]) -> int:
+        """Return how many tokens gave at least one byte of the certain text.
+
+        The tokens follow each other from byte `start`; `ends` are the offsets behind them.
+        """
+        return sum(begin < self.end for begin in [start, *ends[:-1]][: len(ends)])
+
     def _find_stop(self) -> tuple[int, bytes] | None:
         """Return the stop string that is complete first; of several that end together, the longest.
 

@@ -262,12 +262,7 @@ cdef class Context:
             return
         if status.kind == nat.STATUS_FAILED and status.code == -1:
             raise _error(errors.InvalidBatchError, status, mark, "llama.cpp refused the batch")
-        if status.kind == nat.STATUS_FAILED and status.code == 1:
-            raise _error(errors.KVCacheFullError, status, mark, "no KV slot for the batch")
-        if status.kind == nat.STATUS_FAILED and status.code == 2:
-            raise _error(errors.DecodeAborted, status, mark, "aborted")
-        raise _error(errors.DecodeError, status, mark,
-                     f"{_str(status.message)} with code {status.code}")
+        raise _decode_error(status, mark)
 
     def decode(self, Batch batch not None):
         """Run the model over `batch` and extend the memory.

@@ -25,6 +25,16 @@ cdef object _error(type cls, const nat.Status& status, uint64_t mark, str messag
     return error
 
 
+cdef object _decode_error(const nat.Status& status, uint64_t mark):
+    """Build the exception for a failed ``run_batch``."""
+    if status.kind == nat.STATUS_FAILED and status.code == 1:
+        return _error(errors.KVCacheFullError, status, mark, "no KV slot for the batch")
+    if status.kind == nat.STATUS_FAILED and status.code == 2:
+        return _error(errors.DecodeAborted, status, mark, "aborted")
+    return _error(
+        errors.DecodeError, status, mark, f"{_str(status.message)} with code {status.code}")
+
+
 cdef int _check_generation(int generation) except -1:
     if generation != nat.fork_generation:
         raise errors.ForkedProcessError(

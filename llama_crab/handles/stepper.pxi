@@ -169,12 +169,7 @@ cdef class Stepper:
             handle.leave()
         if status.kind == nat.STATUS_OK:
             return stepper.events
-        if status.kind == nat.STATUS_FAILED and status.code == 1:
-            raise _error(errors.KVCacheFullError, status, mark, "no KV slot for the batch")
-        if status.kind == nat.STATUS_FAILED and status.code == 2:
-            raise _error(errors.DecodeAborted, status, mark, "aborted")
-        raise _error(errors.DecodeError, status, mark,
-                     f"{_str(status.message)} with code {status.code}")
+        raise _decode_error(status, mark)
 
     def pause(self):
         """Make a `step` of another thread return after the batch it is at."""
