@@ -6,7 +6,8 @@
 #     │                  ├─ Logits, Embeddings    views; a share of the context + one export each
 #     │                  └─ Stepper  the engine's step; a share of the context
 #     ├─────── LoraAdapter           one llama_adapter_lora; a share of the model
-#     └─────── Sampler               one llama_sampler; a chain owns its stages
+#     ├─────── Sampler               one llama_sampler; a chain owns its stages
+#     └─────── FusedSampler          our executor of a sampler chain; a share of the model
 #   Batch                            one llama_batch; stands alone
 #
 # The C objects are shared_ptr-owned, so no order of dropping Python objects, and no order in which
@@ -80,9 +81,25 @@ cdef class Sampler:
     cdef vector[nat.ModelPtr] _c_models  # shares, for stages that read a vocab
     cdef Sampler _parent                # strong: the chain that owns this stage
     cdef list _stages                   # strong: Python faces of a chain's stages; None if no chain
-    cdef nat.RowSampler _row            # reused candidate buffer of sample()
+    cdef nat.ReferenceSampler _c_chain  # the same as a RowSampler, with its reused candidate buffer
 
     cdef lib.llama_sampler *_require_open(self) except NULL
+
+
+cdef class FusedSampler:
+    cdef nat.FusedSampler *_c_sampler   # owned; holds a share of the model
+    cdef int _generation
+    cdef Model _model
+    cdef readonly tuple stages          # (name, params) of each stage
+
+    cdef nat.FusedSampler *_require_open(self) except NULL
+
+
+cdef class RowScratch:
+    cdef vector[float] _data            # owned: it lives as long as a buffer over it does
+    cdef Py_ssize_t _shape[2]
+    cdef Py_ssize_t _strides[2]
+    cdef int _exports
 
 
 cdef class LoraAdapter:
@@ -116,8 +133,10 @@ cdef class Embeddings(_FloatView):
 cdef class Stepper:
     cdef nat.CStepper *_c_stepper       # owned; holds a share of the context
     cdef Context _context               # strong
-    cdef list _samplers                 # strong: one Sampler (or None) per slot
+    cdef list _samplers                 # strong: one Sampler or FusedSampler per slot, or None
+    cdef RowScratch _scratch            # rows under a logits processor; replaced if a view was kept
     cdef bint _pause                    # another thread wants its turn
 
     cdef nat.CStepper *_require_open(self) except NULL
     cdef int _require_slot(self, int i) except -1
+    cdef int _process(self, object process) except -1

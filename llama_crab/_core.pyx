@@ -51,7 +51,10 @@ include "handles/context.pxi"    # Context
 include "handles/state.pxi"      # state of a context or of one sequence
 include "handles/memory.pxi"     # Memory
 include "handles/adapter.pxi"    # LoraAdapter
+include "handles/row_sampling.pxi"  # rows in, tokens out, for both kinds of sampler
 include "handles/sampler.pxi"    # Sampler
+include "handles/fused.pxi"      # FusedSampler
+include "handles/row_scratch.pxi"  # RowScratch: rows under a logits processor
 include "handles/stepper.pxi"    # Stepper: one engine step without the GIL
 
 nat.log_install()

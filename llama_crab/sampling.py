@@ -1,7 +1,7 @@
 """How the next token is chosen: `SamplerChain`, an immutable description.
 
-A chain is a value: no model, no native memory, stdlib only. `SamplerChain.compile` turns it into
-llama.cpp's own samplers for one sequence (the ``reference`` executor).
+A chain is a value: no model, no native memory, stdlib only. `SamplerChain.compile` makes it ready
+to run for one sequence.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from .sampling_stages import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from typing import Any
+    from typing import Any, Literal
 
-    from ._core import Model, Sampler
+    from ._core import FusedSampler, Model, Sampler
 
+    Executor = Literal["fused", "reference"]
+
+EXECUTORS = ("fused", "reference")
 _DRY_BREAKERS = ("\n", ":", '"', "*")
 
 
@@ -35,15 +38,23 @@ class SamplerChain(Frozen):
     the order written, except that a grammar always runs first. Without a selector (greedy, dist,
     mirostat, mirostat_v2, adaptive_p) the chain gets ``dist``, or ``greedy`` at temperature 0.
     A ``seed`` of None means the request's seed. Chains compare, hash, pickle and print by what was
-    written. Raises SamplerError, naming the stage, for values out of range, a stage after the
-    selector, and a second selector or grammar. Thread-safety: immutable, share freely.
+    written.
+
+    ``executor`` is who runs it: ``"fused"`` (ours, which covers every stage), or ``"reference"``
+    (llama.cpp's own chain, ten times slower; the same tokens for the same seed, but for rounding).
+
+    Raises SamplerError, naming the stage, for values out of range, a stage after the selector, and
+    a second selector or grammar. Thread-safety: immutable, share freely.
     """
 
-    __slots__ = ("_stages", "_written")
+    __slots__ = ("_executor", "_stages", "_written")
+    _executor: Executor
     _stages: tuple[Stage, ...]
     _written: tuple[Stage, ...]
 
-    def __init__(self, stages: Iterable[Stage] = ()) -> None:
+    def __init__(self, stages: Iterable[Stage] = (), executor: Executor = "fused") -> None:
+        if executor not in EXECUTORS:
+            raise SamplerError(f"executor must be one of {', '.join(EXECUTORS)}, got {executor!r}")
         constraint: list[Stage] = []
         steps: list[Stage] = []
         for stage in stages:
@@ -61,11 +72,16 @@ class SamplerChain(Frozen):
         if not steps or steps[-1].name not in SELECTORS:
             cold = any(stage.is_zero_temp for stage in steps)
             selector = (Stage("greedy") if cold else Stage("dist", seed=None),)
+        object.__setattr__(self, "_executor", executor)
         object.__setattr__(self, "_written", written)
         object.__setattr__(self, "_stages", (*written, *selector))
 
     def _then(self, name: str, **params: Any) -> SamplerChain:
-        return SamplerChain((*self._written, Stage(name, **params)))
+        return SamplerChain((*self._written, Stage(name, **params)), self._executor)
+
+    def with_executor(self, executor: Executor) -> SamplerChain:
+        """Return the same chain, run by ``"fused"`` or ``"reference"``."""
+        return SamplerChain(self._written, executor)
 
     # Selectors.
 
@@ -306,6 +322,11 @@ class SamplerChain(Frozen):
         return self._stages
 
     @property
+    def executor(self) -> Executor:
+        """Who runs the chain: ``"fused"`` or ``"reference"``."""
+        return self._executor
+
+    @property
     def constraint(self) -> Stage | None:
         """The grammar or lazy grammar, or None."""
         return self._stages[0] if self._stages[0].name in GRAMMARS else None
@@ -320,23 +341,6 @@ class SamplerChain(Frozen):
         """The selector's own seed; None when the request's seed counts."""
         own: int | None = self.selector.params.get("seed")
         return own
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the chain is a bare argmax over the raw logits (ties: any of the best).
-
-        True for ``greedy`` and for every selector behind temp 0, top_k 1, top_p 0 or min_p 1,
-        provided that nothing before them may move the argmax (penalties, dry, logit_bias, typical,
-        xtc, infill with values that act) and nothing after may ban it. Never with a grammar.
-        """
-        only_best = False
-        for stage in self._stages:
-            if stage.name in GRAMMARS:
-                return False
-            if stage.may_ban_last if only_best else stage.may_move_argmax:
-                return False
-            only_best = only_best or stage.keeps_only_best or stage.name == "greedy"
-        return only_best
 
     @property
     def history_len(self) -> int:
@@ -357,20 +361,21 @@ class SamplerChain(Frozen):
         logit_bias: Mapping[int, float] | None = None,
         *,
         choice: int = 0,
-    ) -> Sampler:
-        """Return llama.cpp's sampler chain for one sequence: grammar, request bias, stages.
+    ) -> Sampler | FusedSampler:
+        """Return what runs the chain for one sequence: grammar, request bias, stages.
 
         A stage's own seed wins over ``seed``; ``choice`` i of a request's n is added to either.
         Raises SamplerError for a seed or a token out of range and for infill on a vocabulary
         without an end token, GrammarError for a grammar that does not parse.
         """
-        from .sampling_reference import compile_chain
+        from .sampling_compile import compile_chain
 
         return compile_chain(self, model, seed, logit_bias, choice)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the chain as written, made of JSON types only."""
-        return {"stages": [stage.to_dict() for stage in self._written]}
+        stages = [stage.to_dict() for stage in self._written]
+        return {"stages": stages} | ({} if self._executor == "fused" else {"executor": "reference"})
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SamplerChain:
@@ -378,8 +383,8 @@ class SamplerChain(Frozen):
 
         Raises SamplerError for anything unknown, missing or out of range.
         """
-        chain = cls()
         try:
+            chain = cls(executor=fields.get("executor", "fused"))
             for stage in fields["stages"]:
                 params = dict(stage)
                 name = params.pop("name")
@@ -388,7 +393,7 @@ class SamplerChain(Frozen):
                 chain = getattr(chain, name)(**params)
         except SamplerError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SamplerError(f"not a sampler chain: {error!r}") from error
         return chain
 
@@ -412,16 +417,17 @@ class SamplerChain(Frozen):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SamplerChain):
             return NotImplemented
-        return self._written == other._written
+        return (self._written, self._executor) == (other._written, other._executor)
 
     def __hash__(self) -> int:
-        return hash(self._written)
+        return hash((self._written, self._executor))
 
     def __repr__(self) -> str:
-        return "SamplerChain()" + "".join(f".{_call(stage)}" for stage in self._written)
+        executor = "" if self._executor == "fused" else f"executor={self._executor!r}"
+        return f"SamplerChain({executor})" + "".join(f".{_call(s)}" for s in self._written)
 
-    def __reduce__(self) -> tuple[type[SamplerChain], tuple[tuple[Stage, ...]]]:
-        return SamplerChain, (self._written,)
+    def __reduce__(self) -> tuple[type[SamplerChain], tuple[tuple[Stage, ...], Executor]]:
+        return SamplerChain, (self._written, self._executor)
 
 
 def _call(stage: Stage) -> str:

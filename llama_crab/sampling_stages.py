@@ -1,4 +1,4 @@
-"""The catalogue of sampler stages: names, parameters, ranges, and what each does to the argmax.
+"""The catalogue of sampler stages: names, parameters and ranges.
 
 The ranges are those in which llama.cpp's samplers compute in float32 without overflow, division
 by zero, assertion or silent correction; everything else is refused before it reaches C.
@@ -146,7 +146,6 @@ _IDLE: dict[str, Callable[[dict[str, Any]], bool]] = {
     "dry": lambda p: not (p["dry_multiplier"] and p["dry_base"] and p["dry_penalty_last_n"]),
     "logit_bias": lambda p: all(bias == 0.0 for _, bias in p["logit_bias"]),
 }
-_MOVE_ARGMAX = frozenset({"typical", "xtc", "penalties", "dry", "logit_bias", "infill"})
 
 
 class Frozen:
@@ -205,33 +204,6 @@ class Stage(Frozen):
         """Whether this is a temperature of 0, which bans every candidate but the best."""
         p = self.params
         return self.name in ("temp", "temp_ext") and p["t"] == 0.0 and p.get("delta", 0.0) == 0.0
-
-    @property
-    def keeps_only_best(self) -> bool:
-        """Whether only the best candidate, or one tied with it, can be chosen after this stage."""
-        limit = {"top_k": ("k", 1), "top_p": ("p", 0.0), "min_p": ("p", 1.0)}.get(self.name)
-        p = self.params
-        return self.is_zero_temp or (
-            limit is not None and p[limit[0]] == limit[1] and p.get("min_keep", 1) <= 1
-        )
-
-    @property
-    def may_move_argmax(self) -> bool:
-        """Whether the best candidate after this stage can be another one than before it.
-
-        The other stages keep the order of logits (temperatures) or drop candidates from the tail.
-        """
-        return self.name in _MOVE_ARGMAX and not self.is_noop
-
-    @property
-    def may_ban_last(self) -> bool:
-        """Whether this stage can take the choice from a candidate that is the only one left.
-
-        An xtc with t = 0 counts candidates of probability 0 in and keeps the worst of them.
-        """
-        if self.name == "logit_bias":
-            return any(bias == float("-inf") for _, bias in self.params["logit_bias"])
-        return self.name == "xtc" and not self.is_noop and bool(self.params["t"] == 0.0)
 
     @property
     def history_len(self) -> int:

@@ -123,20 +123,83 @@ cdef extern from "native/handles.h" namespace "llama_crab" nogil:
         const llama_vocab *vocab, const vector[int32_t]& tokens, bool remove_special,
         bool unparse_special, string& out, Status& status)
 
+cdef extern from "native/row_kernels.h" namespace "llama_crab" nogil:
+    vector[string] kernel_names() except +
+    bool use_kernels(const string& name) except +
+
+cdef extern from "native/logits_row.h" namespace "llama_crab" nogil:
+    cppclass LogitsRow:
+        bool open(float *data, int32_t n) except +
+        void undo() except +
+
 cdef extern from "native/row_sampler.h" namespace "llama_crab" nogil:
+    cppclass Candidates:
+        vector[int32_t] ids
+        vector[float] logits
+        vector[float] p
+        llama_token selected
+
     cppclass RowSampler:
-        RowSampler() except +
-        llama_token sample(
-            llama_sampler *chain, const float *row, int32_t n_vocab, Status& status)
-    void accept_prompt(
-        llama_sampler *chain, const llama_token *tokens, size_t n, Status& status)
-    void accept_token(llama_sampler *sampler, llama_token token, Status& status)
-    void apply_sampler(
-        llama_sampler *sampler, llama_token_data_array& candidates, Status& status)
+        llama_token sample(LogitsRow& row, Status& status)
+        void accept(llama_token token, Status& status)
+        void reset(Status& status)
+        void explain(LogitsRow& row, Candidates& candidates, Status& status)
+    const char *BAD_ROW "llama_crab::bad_row"
+    vector[double] time_sampler(
+        RowSampler& sampler, const vector[float]& rows, int32_t n_vocab, int32_t n_rounds,
+        bool scan, Status& status) except +
+
+cdef extern from "native/reference_sampler.h" namespace "llama_crab" nogil:
+    cppclass ReferenceSampler(RowSampler):
+        ReferenceSampler() except +
+        llama_sampler *chain
     llama_sampler *new_grammar(
         const llama_vocab *vocab, const string& grammar, const string& root, bool lazy,
         const vector[string]& trigger_patterns, const vector[int32_t]& trigger_tokens,
         Status& status)
+
+cdef extern from "native/fused_sampler.h" namespace "llama_crab" nogil:
+    enum StageKind "llama_crab::StageKind":
+        pass
+
+    cppclass StageSpec:
+        StageKind kind
+        float p
+        float t
+        float delta
+        float exponent
+        float n
+        float tau
+        float eta
+        float target
+        float decay
+        float penalty_repeat
+        float penalty_freq
+        float penalty_present
+        float dry_multiplier
+        float dry_base
+        int32_t k
+        int32_t m
+        int32_t min_keep
+        int32_t last_n
+        int32_t dry_allowed_length
+        uint32_t seed
+        vector[string] seq_breakers
+        vector[pair[int32_t, float]] logit_bias
+
+    cppclass GrammarSpec:
+        string gbnf
+        string root
+        bool lazy
+        vector[string] trigger_patterns
+        vector[int32_t] trigger_tokens
+
+    cppclass FusedSampler(RowSampler):
+        pass
+    FusedSampler *new_fused_sampler(
+        ModelPtr model, const vector[StageSpec]& stages, const GrammarSpec& grammar,
+        Status& status)
+    FusedSampler *clone_fused_sampler(const FusedSampler& sampler, Status& status)
 
 cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
     ctypedef enum Finish "llama_crab::Finish":
@@ -158,7 +221,8 @@ cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
         bool special
         bool emit
         vector[int32_t] stop_tokens
-        llama_sampler *sampler
+        RowSampler *sampler
+        bool processed
 
     cppclass Slot:
         bool active
@@ -183,7 +247,12 @@ cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
         CStepper(ContextPtr context) except +
         int32_t reusable_prefix(int32_t i, const vector[int32_t]& tokens)
         int32_t assign(int32_t i, SlotRequest request, Status& status) except +
-        void step(int32_t n_tokens_max, Status& status) except +
+        void decode(int32_t n_tokens_max, Status& status) except +
+        vector[int32_t] slots_to_process() except +
+        void copy_rows(const vector[int32_t]& slots, float *rows) except +
+        void sample(Status& status) except +
+        void discard_rows() except +
+        void fail(int32_t i, const string& message) except +
         void release(int32_t i, Finish finish)
         void clear(int32_t i) except +
         const Slot& slot(int32_t i)

@@ -44,6 +44,7 @@ class Request:
     prompt_logprobs: bool = False
     stream: bool = False
     cache_prompt: bool = True
+    logits_processors: tuple[Any, ...] = ()
     id: str = field(default_factory=lambda: f"cmpl-{next(_ids)}-{os.urandom(6).hex()}")
     submit_us: int = 0
     end_us: int = 0
@@ -99,6 +100,7 @@ class Sequence:
     prompt_logprobs: list[RawLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    error: Exception | None = None
     n_cached: int = 0
     times: tuple[int, int, int, int] = (0, 0, 0, 0)
     stream: TextStream = field(init=False)
@@ -148,5 +150,6 @@ def token_logprobs(
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     PieceOf = Callable[[int], bytes]

@@ -10,6 +10,10 @@ from ..errors import DecodeAborted, DecodeError, KVCacheFullError, LlamaCrabErro
 from .prefix_cache import PrefixCache
 from .request import News, RawLogprobs, Request, Sequence
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .processors import Processors
+
 
 class Scheduler:
     """Runs requests over the sequences of one context, several in each batch.
@@ -31,6 +35,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
         self._interrupted = False
+        self._processors: Processors | None = None  # made when a request has some
 
     @property
     def n_running(self) -> int:
@@ -76,7 +81,7 @@ class Scheduler:
         if self._waiting:
             self._admit()
         try:
-            news = self.stepper.step(self._budget, n_steps_max)
+            news = self.stepper.step(self._budget, n_steps_max, self._processors)
         except KVCacheFullError as error:
             if not self._cache.evict(self._idle()):
                 self._give_way(error)
@@ -144,14 +149,13 @@ class Scheduler:
 
     def _assign(self, sequence: Sequence) -> None:
         request = sequence.request
-        greedy = request.sampler.is_greedy and not request.logit_bias
-        sampler = (
-            None
-            if greedy
-            else request.sampler.compile(
-                self.context.model, request.seed, request.logit_bias, choice=sequence.index
-            )
+        sampler = request.sampler.compile(
+            self.context.model, request.seed, request.logit_bias, choice=sequence.index
         )
+        if request.logits_processors and self._processors is None:
+            from .processors import Processors
+
+            self._processors = Processors(self.stepper, self._running)
         leader = self._leader(request)
         reuse = request.cache_prompt and not request.prompt_logprobs and leader < 0
         slot, n_keep = self._cache.best(self._idle(), request.prompt)
@@ -169,6 +173,7 @@ class Scheduler:
             ignore_eos=request.ignore_eos,
             special=request.special,
             emit=request.emit,
+            processed=bool(request.logits_processors),
         )
         self._cache.touch(slot)
         sequence.slot = slot
@@ -196,7 +201,8 @@ class Scheduler:
             self._tell(sequence, text, tokens, ends)
         elif reason == "error":
             self._tell(sequence, text, tokens, ends)
-            self._fail(sequence.request, SamplerError(self.stepper.error(slot)))
+            error = sequence.error or SamplerError(self.stepper.error(slot))
+            self._fail(sequence.request, error)
         elif reason == "stop_token":
             self._retire(sequence, "stop", self.stepper.finish(slot)[1], text)
         elif reason == "eog":
@@ -261,7 +267,7 @@ class Scheduler:
         if all(other.finish_reason is not None for other in request.sequences):
             request.end_us = _core.time_us()
 
-    def _fail(self, request: Request, error: LlamaCrabError) -> None:
+    def _fail(self, request: Request, error: Exception) -> None:
         request.error = error
         self.cancel(request)
         request.end_us = request.end_us or _core.time_us()

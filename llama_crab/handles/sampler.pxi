@@ -11,6 +11,7 @@ cdef object _new_sampler(lib.llama_sampler *c_sampler):
         raise errors.SamplerError("llama.cpp could not create the sampler")
     cdef Sampler sampler = Sampler.__new__(Sampler)
     sampler._c_sampler = c_sampler
+    sampler._c_chain.chain = c_sampler
     sampler._generation = nat.fork_generation
     sampler._owned = True
     nat.count_samplers(1)
@@ -31,6 +32,7 @@ cdef object _wrap_stages(Sampler chain):
     for i in range(lib.llama_sampler_chain_n(chain._c_sampler)):
         stage = Sampler.__new__(Sampler)
         stage._c_sampler = lib.llama_sampler_chain_get(chain._c_sampler, i)
+        stage._c_chain.chain = stage._c_sampler
         stage._generation = chain._generation
         stage._parent = chain
         stage._c_models = chain._c_models
@@ -185,13 +187,8 @@ cdef class Sampler:
 
         Raises `SamplerError` when a grammar does not allow it.
         """
-        cdef lib.llama_sampler *sampler = self._require_open()
-        cdef int32_t id = <int32_t> _integer("token", token, 0, (1 << 31) - 1)
-        cdef nat.Status status
-        cdef uint64_t mark = nat.log_mark()
-        nat.accept_token(sampler, id, status)
-        if status.kind != nat.STATUS_OK:
-            raise _error(errors.SamplerError, status, mark, f"token {token} was refused")
+        self._require_open()
+        _accept(&self._c_chain, token)
 
     def apply(self, logits):
         """Apply the sampler to a float32 buffer of logits, one per token id.
@@ -199,40 +196,23 @@ cdef class Sampler:
         Returns ``(ids, logits, p, selected)``: the surviving candidates in their order as lists,
         and the selected id or None. The input is not changed. Wraps ``llama_sampler_apply``.
         """
-        cdef lib.llama_sampler *sampler = self._require_open()
-        cdef vector[lib.llama_token_data] candidates
-        cdef lib.llama_token_data_array array
-        cdef lib.llama_token_data entry
-        cdef Py_buffer view
-        cdef nat.Status status
-        cdef uint64_t mark = nat.log_mark()
-        cdef Py_ssize_t i
-        cdef size_t j
-        PyObject_GetBuffer(logits, &view, PyBUF_CONTIG_RO | PyBUF_FORMAT)
-        try:
-            if view.format[0] != c"f" or view.itemsize != 4 or view.len == 0:
-                raise errors.SamplerError("logits must be a non-empty float32 buffer")
-            for i in range(view.len // 4):
-                entry.id = <int32_t> i
-                entry.logit = (<const float *> view.buf)[i]
-                entry.p = 0
-                candidates.push_back(entry)
-        finally:
-            PyBuffer_Release(&view)
-        array.data = candidates.data()
-        array.size = candidates.size()
-        array.selected = -1
-        array.sorted = False
-        with nogil:
-            nat.apply_sampler(sampler, array, status)
-        if status.kind != nat.STATUS_OK:
-            raise _error(errors.SamplerError, status, mark, "cannot apply the sampler")
-        selected = None
-        if 0 <= array.selected < <int64_t> array.size:
-            selected = array.data[array.selected].id
-        return ([array.data[j].id for j in range(array.size)],
-                [array.data[j].logit for j in range(array.size)],
-                [array.data[j].p for j in range(array.size)], selected)
+        cdef nat.LogitsRow row
+        cdef vector[float] data
+        self._require_open()
+        _open_row(logits, data, row)
+        return _explain(&self._c_chain, row)
+
+    def select(self, logits):
+        """Choose from a float32 buffer of logits, accept the token and return its id.
+
+        The input is not changed. Raises `SamplerError` for a row without a finite maximum or with
+        a NaN, and when nothing can be chosen. Wraps ``llama_sampler_apply``.
+        """
+        cdef nat.LogitsRow row
+        cdef vector[float] data
+        self._require_open()
+        cdef bint ok = _open_row(logits, data, row)
+        return _choose(&self._c_chain, row, ok)
 
     def sample(self, Context context not None, int32_t i=-1):
         """Sample from output row `i` of the last decode and accept the token; return its id.
@@ -240,23 +220,8 @@ cdef class Sampler:
         Do not accept it again. Raises IndexError, `SamplerError` (no final stage, rows of NaN).
         Wraps ``llama_sampler_sample``.
         """
-        cdef lib.llama_sampler *sampler = self._require_open()
-        cdef nat.Status status
-        cdef uint64_t mark = nat.log_mark()
-        cdef float *row
-        cdef int32_t token = -1
-        cdef int32_t n_vocab = context._model.vocab.n_tokens
-        cdef nat.ContextHandle *handle = context._enter(False)
-        with nogil:
-            row = lib.llama_get_logits_ith(handle.ctx, i)
-            if row != NULL:
-                token = self._row.sample(sampler, row, n_vocab, status)
-        handle.leave()
-        if row == NULL:
-            raise IndexError(f"the last decode has no logits for index {i}")
-        if token < 0:
-            raise _error(errors.SamplerError, status, mark, _str(status.message))
-        return token
+        self._require_open()
+        return _choose_from_context(&self._c_chain, context, i)
 
     @staticmethod
     def greedy():

@@ -2,6 +2,16 @@ cdef tuple _FINISH_NAMES = (
     None, "eog", "stop_token", "length", "context_full", "error", "cancelled")
 
 
+cdef nat.RowSampler *_row_sampler(object sampler) except NULL:
+    if isinstance(sampler, FusedSampler):
+        return (<FusedSampler> sampler)._require_open()
+    cdef Sampler chain = sampler
+    chain._require_open()
+    if chain._stages is None:
+        raise errors.SamplerError("a slot needs a chain, not a single sampler")
+    return &chain._c_chain
+
+
 @cython.final
 cdef class Stepper:
     """The engine's step over a `Context`: plan, decode, sample and detokenise without the GIL.
@@ -73,12 +83,14 @@ cdef class Stepper:
         handle.leave()
         return n
 
-    def assign(self, int i, prompt, *, Sampler sampler, int32_t n_keep, int32_t leader,
+    def assign(self, int i, prompt, *, sampler not None, int32_t n_keep, int32_t leader,
                int32_t max_tokens, int32_t min_tokens, stop_tokens, int32_t n_logprobs,
-               bint prompt_logprobs, bint ignore_eos, bint special, bint emit):
+               bint prompt_logprobs, bint ignore_eos, bint special, bint emit,
+               bint processed=False):
         """Give slot `i` a request; return how many prompt tokens were kept in memory.
 
-        `sampler` None is greedy; `leader` >= 0 names the slot whose prefill of the same prompt
+        `sampler` is a chain `Sampler` or a `FusedSampler`; `processed` has `step` hand its rows
+        out; `leader` >= 0 names the slot whose prefill of the same prompt
         this one copies; `max_tokens` < 0 goes on until the context is full; `n_logprobs` < 0 asks
         for none; `emit` reports every token instead of the end only.
         """
@@ -123,9 +135,8 @@ cdef class Stepper:
         request.ignore_eos = ignore_eos
         request.special = special
         request.emit = emit
-        request.sampler = NULL
-        if sampler is not None:
-            request.sampler = sampler._require_open()
+        request.processed = processed
+        request.sampler = _row_sampler(sampler)
         cdef nat.ContextHandle *handle = self._context._enter(True)
         try:
             with nogil:
@@ -137,13 +148,18 @@ cdef class Stepper:
             raise _error(errors.SamplerError, status, mark, "the sampler refused the prompt")
         return kept
 
-    def step(self, int32_t n_tokens_max, int n_steps_max=1):
+    def step(self, int32_t n_tokens_max, int n_steps_max=1, process=None):
         """Decode up to `n_tokens_max` tokens and sample; return the slots with news as a list.
 
         A slot appears for each token when it asked to `emit`, and when it has finished. Without
         news the step is repeated, `n_steps_max` times at most; signals are handled in between, and
-        `pause` ends it. Raises `KVCacheFullError` (nothing was lost; free a slot and step again),
-        `DecodeAborted` (the next step decodes again what was dropped), `DecodeError`.
+        `pause` ends it. ``process(slots, rows)`` is called once a batch when slots that asked for
+        it are to be sampled: `rows` is their logits as a writable `RowScratch`, one row a slot, and
+        the slots it returns end with an error instead of being sampled.
+
+        Raises `KVCacheFullError` (nothing was lost; free a slot and step again), `DecodeAborted`
+        (the next step decodes again what was dropped), `DecodeError`, and what `process` raises
+        (the rows are decoded again).
         """
         cdef nat.CStepper *stepper = self._require_open()
         cdef nat.Status status
@@ -151,17 +167,21 @@ cdef class Stepper:
         cdef int i
         cdef int64_t n_before
         for i in range(stepper.n_slots()):
-            if stepper.slot(i).active and self._samplers[i] is not None:
-                (<Sampler> self._samplers[i])._require_open()
+            if stepper.slot(i).active:
+                _row_sampler(self._samplers[i])
         cdef nat.ContextHandle *handle = self._context._enter(True)
         try:
             for i in range(n_steps_max):
                 n_before = stepper.n_steps
                 with nogil:
-                    stepper.step(n_tokens_max, status)
-                if status.kind != nat.STATUS_OK or not stepper.events.empty():
+                    stepper.decode(n_tokens_max, status)
+                if status.kind != nat.STATUS_OK or stepper.n_steps == n_before:
                     break
-                if self._pause or stepper.n_steps == n_before:
+                if process is not None:
+                    self._process(process)
+                with nogil:
+                    stepper.sample(status)
+                if status.kind != nat.STATUS_OK or not stepper.events.empty() or self._pause:
                     break
                 PyErr_CheckSignals()
         finally:
@@ -170,6 +190,25 @@ cdef class Stepper:
         if status.kind == nat.STATUS_OK:
             return stepper.events
         raise _decode_error(status, mark)
+
+    cdef int _process(self, object process) except -1:
+        cdef nat.CStepper *stepper = self._c_stepper
+        cdef vector[int32_t] slots = stepper.slots_to_process()
+        cdef int32_t slot
+        if slots.empty():
+            return 0
+        self._scratch = _scratch_for(
+            self._scratch, slots.size(), self._context._model.vocab.n_tokens)
+        with nogil:
+            stepper.copy_rows(slots, self._scratch._data.data())
+        try:
+            for slot in process(slots, self._scratch):
+                self._require_slot(slot)
+                stepper.fail(slot, b"a logits processor failed")
+        except BaseException:
+            stepper.discard_rows()
+            raise
+        return 0
 
     def pause(self):
         """Make a `step` of another thread return after the batch it is at."""
@@ -217,6 +256,14 @@ cdef class Stepper:
         self._require_slot(i)
         cdef const nat.Slot *slot = &stepper.slot(i)
         return _FINISH_NAMES[<int> slot.finish], _optional(slot.stop_token)
+
+    def tokens(self, int i, size_t start=0):
+        """Return slot `i`'s token ids from `start` on: its prompt, then what was generated."""
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        cdef const nat.Slot *slot = &stepper.slot(i)
+        cdef size_t j
+        return [slot.tokens[j] for j in range(start, slot.tokens.size())]
 
     def error(self, int i):
         """Return the message of a slot that ended with ``"error"``."""

@@ -6,13 +6,16 @@
 
 #include "ggml-cpu.h"
 #include "gguf_check.h"
+#include "vocab_cache.h"
 
 namespace llama_crab {
 
 std::atomic<int> fork_generation{0};
 LiveCounts       live;
 
-ModelHandle::ModelHandle(llama_model * model_) : model(model_), generation(fork_generation) {
+ModelHandle::ModelHandle(llama_model * model_)
+    : model(model_), generation(fork_generation),
+      vocab_cache(std::make_unique<VocabCache>(llama_model_get_vocab(model_))) {
     ++live.models;
 }
 

@@ -25,14 +25,17 @@ extern LiveCounts live;
 inline void count_batches(long n) { live.batches += n; }    // these two kinds are owned by L2
 inline void count_samplers(long n) { live.samplers += n; }
 
+class VocabCache;
+
 class ModelHandle {
 public:
     ModelHandle(llama_model * model);
     ~ModelHandle();
     ModelHandle(const ModelHandle &) = delete;
 
-    llama_model * model;
-    const int     generation;
+    llama_model *                     model;
+    const int                         generation;
+    const std::unique_ptr<VocabCache> vocab_cache;  // what samplers derive from the vocabulary
 };
 using ModelPtr = std::shared_ptr<ModelHandle>;
 

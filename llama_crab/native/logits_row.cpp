@@ -5,163 +5,273 @@
 #include <cstring>
 #include <limits>
 
-// One clone per ISA level, picked at load by CPUID. Other platforms compile the loops once; their
-// baseline (NEON on arm64) already has the vectors.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#    define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#    define MULTIVERSION
-#endif
+#include "row_kernels.h"
 
 namespace llama_crab {
 
 namespace {
 
-// Independent partial results per lane let the compiler vectorise without reassociating floats.
-constexpr int32_t lanes = 32;
-
 constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
 
-MULTIVERSION
-float max_of(const float * row, int32_t n, bool & has_nan) {
-    float   best[lanes];
-    int32_t nan[lanes];
-    for (int32_t j = 0; j < lanes; ++j) {
-        best[j] = minus_infinity;
-        nan[j]  = 0;
-    }
-    int32_t i = 0;
-    for (; i + lanes <= n; i += lanes) {
-        for (int32_t j = 0; j < lanes; ++j) {
-            const float v = row[i + j];
-            best[j] = v > best[j] ? v : best[j];
-            nan[j] |= v != v;
-        }
-    }
-    for (; i < n; ++i) {
-        const float v = row[i];
-        best[0] = v > best[0] ? v : best[0];
-        nan[0] |= v != v;
-    }
-    float   max     = best[0];
-    int32_t any_nan = nan[0];
-    for (int32_t j = 1; j < lanes; ++j) {
-        max = best[j] > max ? best[j] : max;
-        any_nan |= nan[j];
-    }
-    has_nan = any_nan != 0;
-    return max;
+// A larger logit gives a smaller key; equal logits, -0 and +0 too, compare by id.
+uint64_t key_of(float logit, int32_t id) {
+    const float plain = logit + 0.0f;
+    uint32_t    bits;
+    std::memcpy(&bits, &plain, sizeof(bits));
+    const uint32_t ascending = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return (uint64_t) ~ascending << 32 | (uint32_t) id;
 }
 
-// First index whose value is >= bound, from `begin`; n when there is none.
-MULTIVERSION
-int32_t first_at_least(const float * row, int32_t begin, int32_t n, float bound) {
-    int32_t i = begin;
-    for (; i + lanes <= n; i += lanes) {
-        int32_t hit = 0;
-        for (int32_t j = 0; j < lanes; ++j) {
-            hit |= row[i + j] >= bound;
-        }
-        if (hit != 0) {
-            break;
-        }
-    }
-    for (; i < n; ++i) {
-        if (row[i] >= bound) {
-            return i;
-        }
-    }
-    return n;
+float logit_of(uint64_t key) {
+    const uint32_t ascending = ~(uint32_t) (key >> 32);
+    const uint32_t bits      = ascending & 0x80000000u ? ascending & 0x7fffffffu : ~ascending;
+    float          logit;
+    std::memcpy(&logit, &bits, sizeof(logit));
+    return logit;
 }
 
-// exp(x) for x <= 0 to about 2 ulp: 2^k from the exponent bits, 2^f from a polynomial (Cephes'
-// expf coefficients). Below the range of normal floats the result is 0.
-inline float exp_nonpositive(float x) {
-    const float clamped = x < -87.0f ? -87.0f : x;
-    const float t = clamped * 1.44269504088896341f + 12582912.0f;
-    const float k = t - 12582912.0f;
-    const float f = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
-    int32_t bits;
-    std::memcpy(&bits, &t, sizeof(bits));
-    bits = (bits + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, sizeof(scale));
-    return x < -87.0f ? 0.0f : p * scale;
-}
-
-MULTIVERSION
-double sum_exp(const float * row, int32_t n, float max) {
-    // Blocks keep the float partial sums short; their totals are added in double.
-    constexpr int32_t block = 4096;
-    double total = 0.0;
-    for (int32_t start = 0; start < n; start += block) {
-        const int32_t end = std::min(n, start + block);
-        float sum[lanes] = {};
-        int32_t i = start;
-        for (; i + lanes <= end; i += lanes) {
-            for (int32_t j = 0; j < lanes; ++j) {
-                sum[j] += exp_nonpositive(row[i + j] - max);
-            }
+// By the logit's 32 bits in three passes; stable, so equal logits keep their order.
+void radix_sort(std::vector<uint64_t> & keys, std::vector<uint64_t> & spare) {
+    constexpr int bits[3]   = {11, 11, 10};
+    int           shift     = 32;
+    spare.resize(keys.size());
+    for (int pass = 0; pass < 3; ++pass) {
+        const uint32_t mask = (1u << bits[pass]) - 1;
+        uint32_t       count[1 << 11] = {};
+        for (uint64_t key : keys) {
+            ++count[(uint32_t) (key >> shift) & mask];
         }
-        for (; i < end; ++i) {
-            sum[0] += exp_nonpositive(row[i] - max);
+        uint32_t at = 0;
+        for (uint32_t & c : count) {
+            const uint32_t begin = at;
+            at += c;
+            c = begin;
         }
-        for (int32_t j = 0; j < lanes; ++j) {
-            total += sum[j];
+        for (uint64_t key : keys) {
+            spare[count[(uint32_t) (key >> shift) & mask]++] = key;
         }
+        keys.swap(spare);
+        shift += bits[pass];
     }
-    return total;
 }
 
 }  // namespace
 
-RowMax row_max(const float * row, int32_t n) {
-    bool has_nan = false;
-    const float max = max_of(row, n, has_nan);
-    if (has_nan || max == minus_infinity || max == -minus_infinity) {
-        return {max, -1};
+void ListSorter::load(const TokenList & list) {
+    keys_.resize(list.size());
+    for (size_t i = 0; i < list.size(); ++i) {
+        keys_[i] = key_of(list.logits[i], list.ids[i]);
     }
-    return {max, first_at_least(row, 0, n, max)};
 }
 
-float row_log_sum_exp(const float * row, int32_t n, float max) {
-    return max + (float) std::log(sum_exp(row, n, max));
+void ListSorter::store(TokenList & list, size_t n) const {
+    list.resize(n);
+    for (size_t i = 0; i < n; ++i) {
+        list.ids[i]    = (int32_t) (uint32_t) keys_[i];
+        list.logits[i] = logit_of(keys_[i]);
+    }
 }
 
-void row_top_k(const float * row, int32_t n, int32_t k,
-               std::vector<std::pair<int32_t, float>> & out) {
-    out.clear();
-    k = std::min(k, n);
-    if (k <= 0) {
+void ListSorter::sort(TokenList & list) {
+    load(list);
+    // The radix sort takes equal logits as they come, which is by id from a row only.
+    if (keys_.size() >= 1024 && std::is_sorted(list.ids.begin(), list.ids.end())) {
+        radix_sort(keys_, spare_);
+    } else {
+        std::sort(keys_.begin(), keys_.end());
+    }
+    store(list, keys_.size());
+}
+
+void ListSorter::keep_best(TokenList & list, size_t k) {
+    if (k >= list.size()) {
+        sort(list);
         return;
     }
-    const auto better = [](const std::pair<int32_t, float> & a, const std::pair<int32_t, float> & b) {
-        return a.second > b.second || (a.second == b.second && a.first < b.first);
+    load(list);
+    const auto end = keys_.begin() + (std::ptrdiff_t) k;
+    if (list.size() > 2 * k) {
+        std::nth_element(keys_.begin(), end, keys_.end());
+        std::sort(keys_.begin(), end);
+    } else {
+        std::sort(keys_.begin(), keys_.end());
+    }
+    store(list, k);
+}
+
+bool LogitsRow::open(float * data, int32_t n) {
+    data_ = data;
+    n_    = n;
+    replaced_.clear();
+    dirty_tiles_.clear();
+    tiles_.resize((size_t) (n + tile_len - 1) / tile_len);
+    blocks_.resize((size_t) (n + block_len - 1) / block_len);
+    if (capacity_ < n) {
+        // One more: the collecting loop writes an entry before it knows whether it counts.
+        hit_tiles_.reset(new int32_t[tiles_.size() + 1]);
+        found_ids_.reset(new int32_t[(size_t) n + 1]);
+        found_.reset(new float[(size_t) n + 1]);
+        capacity_ = n;
+    }
+    bool has_nan = false;
+    max_ = kernels().tile_max(data, n, tiles_.data(), has_nan);
+    return !has_nan && std::isfinite(max_);
+}
+
+void LogitsRow::put(int32_t id, float logit) {
+    const float old = data_[id];
+    data_[id] = logit;
+    float & best = tiles_[(size_t) (id / tile_len)];
+    if (logit >= best) {
+        best = logit;
+        max_ = std::max(max_, logit);
+    } else if (old >= best) {
+        // The tile's maximum has gone; others of it may follow, so it is looked up when needed.
+        dirty_tiles_.push_back(id / tile_len);
+    }
+}
+
+void LogitsRow::edit(int32_t id, float logit) {
+    replaced_.emplace_back(id, data_[id]);
+    put(id, logit);
+}
+
+void LogitsRow::undo() {
+    for (; !replaced_.empty(); replaced_.pop_back()) {
+        put(replaced_.back().first, replaced_.back().second);
+    }
+}
+
+void LogitsRow::refresh() {
+    if (dirty_tiles_.empty()) {
+        return;
+    }
+    const RowKernels & kernel = kernels();
+    for (int32_t tile : dirty_tiles_) {
+        const int32_t begin = tile * tile_len;
+        tiles_[(size_t) tile] = kernel.max(data_ + begin, std::min(tile_len, n_ - begin));
+    }
+    dirty_tiles_.clear();
+    max_ = kernel.max(tiles_.data(), (int32_t) tiles_.size());
+}
+
+int32_t LogitsRow::argmax() {
+    const RowKernels & kernel = kernels();
+    const float        best   = max();
+    const int32_t tile = kernel.first_at_least(tiles_.data(), 0, (int32_t) tiles_.size(), best);
+    return kernel.first_at_least(data_, tile * tile_len, n_, best);
+}
+
+void LogitsRow::at_least(float bound, TokenList & out) {
+    refresh();
+    const RowKernels & kernel = kernels();
+    const int32_t n_hit = kernel.collect(tiles_.data(), 0, (int32_t) tiles_.size(), bound,
+                                         hit_tiles_.get(), found_.get());
+    int32_t m = 0;
+    for (int32_t hit = 0; hit < n_hit; ++hit) {
+        const int32_t begin = hit_tiles_[(size_t) hit] * tile_len;
+        m += kernel.collect(data_, begin, std::min(n_, begin + tile_len), bound,
+                            found_ids_.get() + m, found_.get() + m);
+    }
+    out.ids.assign(found_ids_.get(), found_ids_.get() + m);
+    out.logits.assign(found_.get(), found_.get() + m);
+}
+
+void LogitsRow::top(int32_t k, TokenList & out) {
+    refresh();
+    k = std::min(k, n_);
+    if (k < (int32_t) tiles_.size()) {
+        at_least(bound_by_tiles(k), out);
+    } else if (k < n_) {
+        at_least(bound_by_histogram(k), out);
+    } else {
+        at_least(minus_infinity, out);
+    }
+    sorter_.keep_best(out, (size_t) k);
+}
+
+// A bound that at least k tile maxima reach, so k logits too, and few more: found by counting,
+// which has no branch to mispredict.
+float LogitsRow::bound_by_tiles(int32_t k) {
+    const auto count = [&](float bound) {
+        return kernels().count_at_least(tiles_.data(), (int32_t) tiles_.size(), bound);
     };
-    // A heap of the k best so far with the worst on top; beyond a short start almost no entry
-    // passes the vectorised test against that worst one.
-    int32_t i = 0;
-    for (; i < k; ++i) {
-        out.emplace_back(i, row[i]);
-    }
-    std::make_heap(out.begin(), out.end(), better);
-    while ((i = first_at_least(row, i, n, out.front().second)) < n) {
-        const std::pair<int32_t, float> entry(i, row[i]);
-        if (better(entry, out.front())) {
-            std::pop_heap(out.begin(), out.end(), better);
-            out.back() = entry;
-            std::push_heap(out.begin(), out.end(), better);
+    float   above = max_, bound = max_;
+    int32_t n     = 0;
+    for (float step = 4.0f; n < k; step *= 4.0f) {
+        above = bound;
+        bound = max_ - step;
+        if (!std::isfinite(bound)) {
+            return minus_infinity;
         }
-        ++i;
+        n = count(bound);
     }
-    std::sort_heap(out.begin(), out.end(), better);
+    for (int32_t i = 0; i < 16 && n > k + k / 4; ++i) {
+        const float   middle   = bound + (above - bound) / 2.0f;
+        const int32_t n_middle = count(middle);
+        if (n_middle >= k) {
+            bound = middle;
+            n     = n_middle;
+        } else {
+            above = middle;
+        }
+    }
+    return bound;
+}
+
+// A bound that at least k logits reach, and few more.
+float LogitsRow::bound_by_histogram(int32_t k) {
+    constexpr int32_t n_bins     = 2048;
+    constexpr float   bins_per_1 = 64.0f;
+    histogram_.assign(n_bins, 0);
+    for (int32_t id = 0; id < n_; ++id) {
+        const float below = (max_ - data_[id]) * bins_per_1;
+        ++histogram_[below < n_bins - 1 ? (size_t) below : n_bins - 1];
+    }
+    int32_t have = 0;
+    for (int32_t bin = 0; bin < n_bins - 1; ++bin) {
+        have += histogram_[(size_t) bin];
+        if (have >= k) {
+            // One bin lower than needed: the subtraction rounds.
+            return max_ - (float) (bin + 2) / bins_per_1;
+        }
+    }
+    return minus_infinity;
+}
+
+double LogitsRow::sum_exp(float scale) {
+    return kernels().sum_exp(data_, n_, max(), scale, blocks_.data());
+}
+
+int32_t LogitsRow::find(double target, float scale) const {
+    double  run   = 0.0;
+    size_t  block = 0;
+    int32_t last  = -1;  // with a weight: rounding may leave the target beyond all of them
+    float   weight[block_len];
+    for (; block < blocks_.size(); ++block) {
+        const bool is_last = block + 1 == blocks_.size();
+        if (run + blocks_[block] < target && !is_last) {
+            run += blocks_[block];
+            continue;
+        }
+        const int32_t begin = (int32_t) block * block_len;
+        const int32_t count = std::min(block_len, n_ - begin);
+        kernels().exps(data_ + begin, count, max_, scale, weight);
+        for (int32_t j = 0; j < count; ++j) {
+            run += weight[j];
+            if (weight[j] > 0.0f) {
+                last = begin + j;
+                if (run >= target) {
+                    return last;
+                }
+            }
+        }
+    }
+    return last;
+}
+
+float LogitsRow::log_sum_exp() {
+    return max() + (float) std::log(sum_exp(1.0f));
 }
 
 }  // namespace llama_crab

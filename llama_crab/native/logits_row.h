@@ -1,25 +1,98 @@
-// Passes over one row of logits: a few vectorised sweeps instead of a candidate array.
+// One row of logits under work: the maxima of its tiles from a first pass, then selections that
+// look only at tiles which can matter, and edits that can be taken back.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
 namespace llama_crab {
 
-// A row without a finite maximum, or with a NaN in it, cannot be sampled.
-struct RowMax {
-    float   value;
-    int32_t index;  // smallest index with that value; -1 when the row cannot be sampled
+// Tokens and their logits, in an order that the owner defines.
+struct TokenList {
+    std::vector<int32_t> ids;
+    std::vector<float>   logits;
+
+    size_t size() const { return ids.size(); }
+    bool   empty() const { return ids.empty(); }
+    void   clear() { resize(0); }
+    void   resize(size_t n) {
+        ids.resize(n);
+        logits.resize(n);
+    }
+    void push(int32_t id, float logit) {
+        ids.push_back(id);
+        logits.push_back(logit);
+    }
 };
 
-RowMax row_max(const float * row, int32_t n);
+// Orders by descending logit, ties by smaller id.
+class ListSorter {
+public:
+    void sort(TokenList & list);
+    // Leaves the k best only, in order.
+    void keep_best(TokenList & list, size_t k);
 
-// log(sum(exp(row))) given the row's maximum.
-float row_log_sum_exp(const float * row, int32_t n, float max);
+private:
+    void load(const TokenList & list);
+    void store(TokenList & list, size_t n) const;
 
-// The k largest entries, descending, ties by smaller id: (id, logit) pairs.
-void row_top_k(const float * row, int32_t n, int32_t k,
-               std::vector<std::pair<int32_t, float>> & out);
+    std::vector<uint64_t> keys_, spare_;
+};
+
+class LogitsRow {
+public:
+    // Takes `data` (n >= 1 floats, writable, alive until the next open) and scans it. False when it
+    // cannot be sampled: a NaN, a +inf or no finite value.
+    bool open(float * data, int32_t n);
+
+    float *       data() { return data_; }
+    const float * data() const { return data_; }
+    int32_t       n() const { return n_; }
+    // The maximum; -inf when edits have banned every token.
+    float max() {
+        refresh();
+        return max_;
+    }
+
+    // Replaces one logit. `undo` puts all replaced ones back.
+    void edit(int32_t id, float logit);
+    void undo();
+
+    int32_t argmax();  // the smallest id with the maximum
+    // The k best, descending, ties by smaller id.
+    void top(int32_t k, TokenList & out);
+    // All of at least `bound`, by id.
+    void at_least(float bound, TokenList & out);
+
+    // Sum of exp((logit - max) * scale), and the first id at which the sum, taken by id, reaches
+    // `target`. `find` needs the latest sum_exp with the same scale and no edit in between.
+    double  sum_exp(float scale);
+    int32_t find(double target, float scale) const;
+
+    // log(sum(exp(row))) of the row as it is.
+    float log_sum_exp();
+
+private:
+    void  put(int32_t id, float logit);
+    void  refresh();  // tile maxima and maximum after edits
+    float bound_by_tiles(int32_t k);
+    float bound_by_histogram(int32_t k);
+
+    float *                                data_ = nullptr;
+    int32_t                                n_    = 0;
+    float                                  max_  = 0.0f;
+    std::vector<float>                     tiles_;
+    int32_t                                capacity_ = 0;
+    // Written before it is known how much counts.
+    std::unique_ptr<int32_t[]>             hit_tiles_, found_ids_;
+    std::unique_ptr<float[]>               found_;
+    std::vector<double>                    blocks_;
+    std::vector<std::pair<int32_t, float>> replaced_;
+    std::vector<int32_t>                   dirty_tiles_, histogram_;
+    ListSorter                             sorter_;
+};
 
 }  // namespace llama_crab

@@ -3,9 +3,14 @@
 #include <algorithm>
 #include <limits>
 
-#include "logits_row.h"
-
 namespace llama_crab {
+
+namespace {
+
+// Tokens that a grammar forces, decoded in one batch: it must fit a micro-batch beside others.
+constexpr int32_t max_forced = 16;
+
+}  // namespace
 
 Stepper::Stepper(ContextPtr context)
     : context_(std::move(context)),
@@ -77,9 +82,7 @@ int32_t Stepper::assign(int32_t i, SlotRequest request, Status & status) {
     fresh.n_cached = n_keep;
     fresh.order    = next_order_++;
     fresh.start_us = llama_time_us();
-    if (request.sampler != nullptr) {
-        accept_prompt(request.sampler, fresh.tokens.data(), fresh.tokens.size(), status);
-    }
+    request.sampler->accept_prompt(fresh.tokens.data(), fresh.tokens.size(), status);
     fresh.active  = status.kind == Status::ok;
     fresh.request = std::move(request);
     fresh.request.prompt.clear();
@@ -113,10 +116,11 @@ void Stepper::plan(int32_t n_tokens_max) {
         if (!slot.active || slot.request.leader >= 0) {
             continue;
         }
-        if (slot.decoding()) {
-            // Sequences that generate come first: a prompt must not stall them.
-            if (batch_.n_tokens < budget && (int32_t) rows_.size() < context_->n_outputs_max) {
-                add_token(i, true);
+        // Sequences that generate come first: a prompt must not stall them.
+        if (slot.decoding() && batch_.n_tokens + slot.n_waiting() <= budget &&
+            (int32_t) rows_.size() < context_->n_outputs_max) {
+            for (int32_t left = slot.n_waiting(); left > 0; --left) {
+                add_token(i, left == 1);
             }
         } else {
             plan_order_.push_back(i);
@@ -159,8 +163,9 @@ void Stepper::resync() {
     }
 }
 
-void Stepper::step(int32_t n_tokens_max, Status & status) {
+void Stepper::decode(int32_t n_tokens_max, Status & status) {
     events.clear();
+    processed_.clear();
     plan(n_tokens_max);
     if (batch_.n_tokens == 0) {
         return;
@@ -178,35 +183,75 @@ void Stepper::step(int32_t n_tokens_max, Status & status) {
     for (size_t i = 0; i < slots_.size(); ++i) {
         slots_[i].n_past += added_[i];
     }
+    // The device works asynchronously until its output is asked for.
+    guarded(status, [&] { llama_synchronize(context_->ctx); });
+    decode_us += llama_time_us() - begin_us;
+}
+
+std::vector<int32_t> Stepper::slots_to_process() const {
+    std::vector<int32_t> slots;
+    for (const Row & row : rows_) {
+        if (row.target < (int32_t) slots_[(size_t) row.slot].tokens.size()) {
+            continue;
+        }
+        for (int32_t i = 0; i < n_slots(); ++i) {
+            const Slot & slot = slots_[(size_t) i];
+            const bool uses_row = i == row.slot || (slot.active && slot.request.leader == row.slot);
+            if (uses_row && slot.request.processed && slot.request.max_tokens != 0) {
+                slots.push_back(i);
+            }
+        }
+    }
+    return slots;
+}
+
+void Stepper::copy_rows(const std::vector<int32_t> & slots, float * rows) {
+    processed_      = slots;
+    processed_rows_ = rows;
+    for (int32_t i : slots) {
+        const int32_t leader = slots_[(size_t) i].request.leader;
+        for (const Row & row : rows_) {
+            if (row.slot == (leader >= 0 ? leader : i)) {
+                const float * logits = llama_get_logits_ith(context_->ctx, row.index);
+                if (logits != nullptr && row.target >= (int32_t) slots_[(size_t) row.slot].tokens.size()) {
+                    std::copy(logits, logits + n_vocab_, rows);
+                }
+            }
+        }
+        rows += n_vocab_;
+    }
+}
+
+void Stepper::sample(Status & status) {
+    const int64_t begin_us = llama_time_us();
     guarded(status, [&] {
-        // The device works asynchronously until its output is asked for.
-        llama_synchronize(context_->ctx);
-        const int64_t decoded_us = llama_time_us();
-        decode_us += decoded_us - begin_us;
         for (const Row & row : rows_) {
             Slot & slot = slots_[(size_t) row.slot];
-            const float * logits = llama_get_logits_ith(context_->ctx, row.index);
+            float * logits = llama_get_logits_ith(context_->ctx, row.index);
             if (logits == nullptr) {
-                slot.error = "llama.cpp returned no logits";
-                finish(row.slot, Finish::error);
-            } else if (row.target < (int32_t) slot.tokens.size()) {
+                fail(row.slot, "llama.cpp returned no logits");
+                continue;
+            }
+            row_ok_ = row_.open(logits, n_vocab_);
+            if (row.target < (int32_t) slot.tokens.size()) {
                 // A prompt that is decoded again after an abort has given some of them already.
                 if ((int32_t) slot.prompt_logprobs.size() + 1 == row.target &&
                     row.target < slot.n_prompt) {
-                    slot.prompt_logprobs.push_back(logprobs_of(
-                        logits, slot.tokens[(size_t) row.target], slot.request.n_logprobs));
+                    slot.prompt_logprobs.push_back(
+                        logprobs_of(slot.tokens[(size_t) row.target], slot.request.n_logprobs));
                 }
             } else {
                 // Followers first: their copy must hold the prompt alone.
-                start_followers(row.slot, logits);
-                sample_row(row.slot, logits);
+                start_followers(row.slot);
+                sample_row(row.slot);
             }
         }
-        sample_us += llama_time_us() - decoded_us;
     });
+    rows_.clear();
+    sample_us += llama_time_us() - begin_us;
 }
 
-void Stepper::start_followers(int32_t leader, const float * row) {
+void Stepper::start_followers(int32_t leader) {
     for (int32_t i = 0; i < n_slots(); ++i) {
         Slot & slot = slots_[(size_t) i];
         if (!slot.active || slot.request.leader != leader) {
@@ -216,72 +261,120 @@ void Stepper::start_followers(int32_t leader, const float * row) {
         slot.request.leader = -1;
         slot.n_past         = slot.n_prompt;
         slot.n_cached       = slot.n_prompt;
-        sample_row(i, row);
+        sample_row(i);
     }
 }
 
-TokenLogprobs Stepper::logprobs_of(const float * row, llama_token token, int32_t n_top) {
+TokenLogprobs Stepper::logprobs_of(llama_token token, int32_t n_top) {
     TokenLogprobs result;
-    const RowMax best = row_max(row, n_vocab_);
-    const float  lse  = row_log_sum_exp(row, n_vocab_, best.value);
-    row_top_k(row, n_vocab_, n_top, result.top);
-    for (auto & entry : result.top) {
-        entry.second -= lse;
+    const float lse = row_.log_sum_exp();
+    row_.top(n_top, best_);
+    for (size_t i = 0; i < best_.size(); ++i) {
+        result.top.emplace_back(best_.ids[i], best_.logits[i] - lse);
     }
-    result.logprob = row[token] - lse;
+    result.logprob = row_.data()[token] - lse;
     return result;
 }
 
-void Stepper::sample_row(int32_t i, const float * row) {
+// Below min_tokens nothing may end the answer.
+bool Stepper::may_end(const Slot & slot, llama_token token) const {
+    const bool early = slot.n_generated() < slot.request.min_tokens;
+    const std::vector<llama_token> & stops = slot.request.stop_tokens;
+    return !((early || slot.request.ignore_eos) && llama_vocab_is_eog(vocab_, token)) &&
+           !(early && std::binary_search(stops.begin(), stops.end(), token));
+}
+
+void Stepper::sample_row(int32_t i) {
     Slot & slot = slots_[(size_t) i];
+    if (!slot.active) {
+        return;  // a logits processor has failed
+    }
     if (slot.request.max_tokens == 0) {
         finish(i, Finish::length);  // the prompt alone was asked for
         return;
     }
     const int64_t begin_us = llama_time_us();
-    // Below min_tokens nothing may end the answer. The row belongs to the context and other slots
-    // may share it, so what is masked is put back.
-    const bool masked = slot.n_generated() < slot.request.min_tokens || slot.request.ignore_eos;
-    float * logits = const_cast<float *>(row);
-    saved_logits_.clear();
-    const auto mask = [&](llama_token token) {
-        saved_logits_.push_back(logits[token]);
-        logits[token] = -std::numeric_limits<float>::infinity();
-    };
-    const auto unmask = [&](const std::vector<llama_token> & tokens, size_t from) {
-        for (size_t j = tokens.size(); j-- > 0;) {
-            logits[tokens[j]] = saved_logits_[from + j];
+    choose(i);
+    slot.sample_us += llama_time_us() - begin_us;
+    if (slot.active) {
+        append_forced(i);
+        if (slot.active && slot.request.emit) {
+            tell(i);
         }
-    };
-    const bool mask_stops = slot.n_generated() < slot.request.min_tokens;
-    if (masked) {
-        std::for_each(eog_tokens_.begin(), eog_tokens_.end(), mask);
-        if (mask_stops) {
-            std::for_each(slot.request.stop_tokens.begin(), slot.request.stop_tokens.end(), mask);
+    }
+}
+
+void Stepper::choose(int32_t i) {
+    Slot & slot = slots_[(size_t) i];
+    const auto at = std::find(processed_.begin(), processed_.end(), i);
+    LogitsRow * row = &row_;
+    bool        ok  = row_ok_;
+    if (at != processed_.end()) {
+        row = &processed_row_;
+        ok  = row->open(processed_rows_ + (at - processed_.begin()) * n_vocab_, n_vocab_);
+    }
+    if (!ok) {
+        fail(i, bad_row);
+        return;
+    }
+    // The row belongs to the context and other slots may share it: what is masked is put back.
+    const float banned = -std::numeric_limits<float>::infinity();
+    const bool  early  = slot.n_generated() < slot.request.min_tokens;
+    if (early || slot.request.ignore_eos) {
+        for (llama_token token : eog_tokens_) {
+            row->edit(token, banned);
+        }
+    }
+    if (early) {
+        for (llama_token token : slot.request.stop_tokens) {
+            row->edit(token, banned);
         }
     }
     Status status;
-    const llama_token token = sampler_.sample(slot.request.sampler, row, n_vocab_, status);
-    if (masked) {
-        if (mask_stops) {
-            unmask(slot.request.stop_tokens, eog_tokens_.size());
-        }
-        unmask(eog_tokens_, 0);
+    llama_token token = slot.request.sampler->sample(*row, status);
+    row->undo();
+    if (token != LLAMA_TOKEN_NULL) {
+        slot.request.sampler->accept(token, status);
     }
-    if (token == LLAMA_TOKEN_NULL) {
-        slot.error = status.message;
-        finish(i, Finish::error);
+    if (status.kind != Status::ok) {
+        fail(i, status.message);
         return;
     }
     if (slot.request.n_logprobs >= 0) {
-        slot.logprobs.push_back(logprobs_of(row, token, slot.request.n_logprobs));
+        // Those of the model, so of the row as it came.
+        slot.logprobs.push_back(logprobs_of(token, slot.request.n_logprobs));
     }
+    give_token(i, token);
+}
+
+// A grammar often leaves a single token: those need no row, and are decoded together.
+void Stepper::append_forced(int32_t i) {
+    Slot & slot = slots_[(size_t) i];
+    if (slot.request.n_logprobs >= 0 || slot.request.processed) {
+        return;  // each row is wanted
+    }
+    Status status;
+    while (slot.active && slot.n_waiting() < max_forced) {
+        const llama_token token = slot.request.sampler->forced(status);
+        if (token == LLAMA_TOKEN_NULL || !may_end(slot, token)) {
+            break;
+        }
+        slot.request.sampler->accept(token, status);
+        if (status.kind == Status::ok) {
+            give_token(i, token);
+        }
+    }
+    if (status.kind != Status::ok) {
+        fail(i, status.message);
+    }
+}
+
+void Stepper::give_token(int32_t i, llama_token token) {
+    Slot & slot  = slots_[(size_t) i];
     slot.last_us = llama_time_us();
-    slot.sample_us += slot.last_us - begin_us;
     if (slot.first_us == 0) {
         slot.first_us = slot.last_us;
     }
-
     const std::vector<llama_token> & stops = slot.request.stop_tokens;
     const bool is_stop = std::binary_search(stops.begin(), stops.end(), token);
     if (is_stop || llama_vocab_is_eog(vocab_, token)) {
@@ -298,8 +391,6 @@ void Stepper::sample_row(int32_t i, const float * row) {
     } else if ((int32_t) slot.tokens.size() > n_ctx_seq_) {
         // The token just sampled has no position left to be decoded at.
         finish(i, Finish::context_full);
-    } else if (slot.request.emit) {
-        events.push_back(i);
     }
 }
 
@@ -321,7 +412,18 @@ void Stepper::take_token(Slot & slot, llama_token token) {
 
 void Stepper::finish(int32_t i, Finish reason) {
     release(i, reason);
-    events.push_back(i);
+    tell(i);
+}
+
+void Stepper::fail(int32_t i, const std::string & message) {
+    slots_[(size_t) i].error = message;
+    finish(i, Finish::error);
+}
+
+void Stepper::tell(int32_t i) {
+    if (events.empty() || events.back() != i) {
+        events.push_back(i);
+    }
 }
 
 void Stepper::release(int32_t i, Finish reason) {

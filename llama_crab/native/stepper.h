@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "handles.h"
+#include "logits_row.h"
 #include "row_sampler.h"
 
 namespace llama_crab {
@@ -40,7 +41,8 @@ struct SlotRequest {
     bool                     special        = false;  // render control tokens
     bool                     emit           = false;  // report each token, not the end only
     std::vector<llama_token> stop_tokens;             // sorted
-    llama_sampler *          sampler        = nullptr;  // null: greedy
+    RowSampler *             sampler        = nullptr;  // borrowed
+    bool                     processed      = false;  // its rows pass through Python first
 };
 
 // One sequence of the context and what it is working on. tokens[0, n_past) are in memory.
@@ -63,7 +65,8 @@ struct Slot {
 
     int32_t n_generated() const { return (int32_t) tokens.size() - n_prompt; }
     int32_t n_waiting()   const { return (int32_t) tokens.size() - n_past; }
-    bool    decoding()    const { return n_waiting() == 1 && n_generated() > 0; }
+    // Several tokens wait when the sampler knew them without a row (RowSampler::forced).
+    bool    decoding()    const { return n_generated() >= n_waiting() && n_waiting() > 0; }
 };
 
 class Stepper {
@@ -79,8 +82,19 @@ public:
     // to remove the rest of the old sequence.
     int32_t assign(int32_t i, SlotRequest request, Status & status);
 
-    // Decodes at most `n_tokens_max` tokens and samples. `events` then names the slots with news.
-    void step(int32_t n_tokens_max, Status & status);
+    // A step is these three. `decode` runs at most `n_tokens_max` tokens; `copy_rows` copies the rows
+    // that are to be processed by others, one for each of the slots it returns; `sample` chooses from
+    // those copies and from the context's other rows. `events` then names the slots with news.
+    void decode(int32_t n_tokens_max, Status & status);
+    std::vector<int32_t> slots_to_process() const;
+    void copy_rows(const std::vector<int32_t> & slots, float * rows);
+    void sample(Status & status);
+
+    // Instead of `sample`: the rows count as not decoded, the next step decodes them again.
+    void discard_rows() { resync(); }
+
+    // Ends slot `i` with an error.
+    void fail(int32_t i, const std::string & message);
 
     // Ends slot `i`; its memory stays for the next request with the same prefix.
     void release(int32_t i, Finish finish);
@@ -105,11 +119,16 @@ private:
     void add_token(int32_t i, bool output);
     void plan(int32_t n_tokens_max);
     void resync();
-    void sample_row(int32_t i, const float * row);
-    void start_followers(int32_t leader, const float * row);
+    void sample_row(int32_t i);
+    void start_followers(int32_t leader);
+    void choose(int32_t i);
+    void append_forced(int32_t i);
+    bool may_end(const Slot & slot, llama_token token) const;
+    void give_token(int32_t i, llama_token token);
     void take_token(Slot & slot, llama_token token);
     void finish(int32_t i, Finish reason);
-    TokenLogprobs logprobs_of(const float * row, llama_token token, int32_t n_top);
+    void tell(int32_t i);
+    TokenLogprobs logprobs_of(llama_token token, int32_t n_top);
 
     ContextPtr               context_;
     const llama_vocab *      vocab_;
@@ -125,9 +144,13 @@ private:
     std::vector<Row>         rows_;
     std::vector<int32_t>     added_;      // tokens of this batch per slot
     std::vector<llama_token> eog_tokens_;
-    std::vector<float>       saved_logits_;
+    std::vector<int32_t>     processed_;       // slots that sample from `processed_rows_`
+    float *                  processed_rows_ = nullptr;
     std::vector<char>        piece_;
-    RowSampler               sampler_;
+    LogitsRow                row_;           // the context's row under work
+    bool                     row_ok_ = false;  // it can be sampled
+    LogitsRow                processed_row_;
+    TokenList                best_;
     uint64_t                 next_order_ = 0;
 };
 

@@ -22,6 +22,7 @@ ALWAYS = {
     "Context": {"close", "closed", "model"},
     "Batch": {"close", "closed", "capacity", "n_seq_max", "n_embd"},
     "Sampler": {"close", "closed"},
+    "FusedSampler": {"close", "closed", "stages"},
     "LoraAdapter": {"close", "closed", "model", "path"},
     "Memory": set(),
     "Stepper": {"context", "pause"},
@@ -31,8 +32,9 @@ ALWAYS = {
 def arguments(batch: _core.Batch, context: _core.Context) -> dict[str, tuple[Any, ...]]:
     """Return arguments for every method that needs some."""
     row = np.zeros(64, np.float32)
+    greedy = _core.FusedSampler(context.model, [("greedy", {})])
     assign = {
-        **{"sampler": None, "n_keep": 0, "leader": -1, "max_tokens": 1, "min_tokens": 0},
+        **{"sampler": greedy, "n_keep": 0, "leader": -1, "max_tokens": 1, "min_tokens": 0},
         **{"stop_tokens": (), "n_logprobs": -1, "prompt_logprobs": False, "ignore_eos": False},
         **{"special": False, "emit": False},
     }
@@ -63,7 +65,12 @@ def arguments(batch: _core.Batch, context: _core.Context) -> dict[str, tuple[Any
         "Sampler.remove": (0,),
         "Sampler.accept": (1,),
         "Sampler.apply": (row,),
+        "Sampler.select": (row,),
         "Sampler.sample": (context,),
+        "FusedSampler.accept": (1,),
+        "FusedSampler.apply": (row,),
+        "FusedSampler.select": (row,),
+        "FusedSampler.sample": (context,),
         "Stepper.assign": (0, [1], assign),
         "Stepper.step": (8,),
         "Stepper.reusable_prefix": (0, [1]),
@@ -73,7 +80,7 @@ def arguments(batch: _core.Batch, context: _core.Context) -> dict[str, tuple[Any
             f"Stepper.{name}": (0,)
             for name in (
                 *("release", "clear", "is_active", "progress", "finish", "error", "generated"),
-                *("text_ends", "logprobs", "prompt_logprobs", "times"),
+                *("tokens", "logprobs", "prompt_logprobs", "times"),
             )
         },
     }
@@ -90,6 +97,7 @@ def test_use_after_close_of_every_attribute_of_every_class(
     closed: list[Any] = [
         _core.LoraAdapter(model, tiny_lora_path),
         _core.Sampler.greedy(),
+        _core.FusedSampler(model, [("greedy", {})]),
         batch,
         context.memory,
         _core.Stepper(context),

@@ -18,7 +18,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(("_core",), 2),
     **dict.fromkeys(
         (
-            *("sampling", "sampling_stages", "sampling_reference", "params", "timings"),
+            *("sampling", "sampling_stages", "sampling_compile", "params", "timings"),
             *("completion", "hub", "packaged", "logs", "engine", "stream"),
         ),
         3,

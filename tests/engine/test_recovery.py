@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_requests import (
+    GREEDY,
     MakeScheduler,
     answer,
     answers,
@@ -164,7 +165,8 @@ def test_a_running_slot_takes_no_second_request(make: MakeScheduler) -> None:
     scheduler.submit(ask(20, 6))
     scheduler.step()
     options: dict[str, Any] = {
-        "sampler": None, "n_keep": 0, "leader": -1, "max_tokens": 1, "min_tokens": 0,
+        "sampler": GREEDY.compile(scheduler.context.model, 1), "n_keep": 0, "leader": -1,
+        "max_tokens": 1, "min_tokens": 0,
         "stop_tokens": (), "n_logprobs": -1, "prompt_logprobs": False, "ignore_eos": False,
         "special": False, "emit": False,
     }  # fmt: skip
@@ -178,7 +180,8 @@ def test_decode_aborted_is_not_an_error_of_the_request(make: MakeScheduler) -> N
     scheduler = make()
     scheduler.context.abort()
     scheduler.stepper.assign(
-        0, prompt_of(10), sampler=None, n_keep=0, leader=-1, max_tokens=2, min_tokens=0,
+        0, prompt_of(10), sampler=GREEDY.compile(scheduler.context.model, 1), n_keep=0,
+        leader=-1, max_tokens=2, min_tokens=0,
         stop_tokens=(), n_logprobs=-1, prompt_logprobs=False, ignore_eos=True, special=False,
         emit=False,
     )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 import json
 import math
 import os
@@ -502,162 +501,22 @@ def test_needs_history_only_when_a_penalty_acts(chain: SamplerChain, length: int
     assert chain.needs_history == (length > 0)
 
 
-@pytest.mark.parametrize(
-    ("chain", "greedy"),
-    [
-        (SamplerChain.benchmark(), True),
-        (SamplerChain.code(temp=0), True),
-        (SamplerChain().greedy(), True),
-        (SamplerChain().top_k(40).top_p(0.9).min_p(0.1).temp(0.7).greedy(), True),
-        (SamplerChain().top_k(1).dist(), True),
-        (SamplerChain().top_p(0.0).dist(), True),
-        (SamplerChain().top_p(0.0, min_keep=2).dist(), False),
-        (SamplerChain().temp(0).dist(seed=1), True),
-        (SamplerChain().temp(0).mirostat_v2(), True),
-        (SamplerChain().temp(0).penalties(64, 1.1), True),  # one candidate is left to penalise
-        (SamplerChain().temp(0).logit_bias({1: 5.0}), True),
-        (SamplerChain().temp(0).logit_bias({1: -math.inf}), False),
-        (SamplerChain().temp(0).xtc(0.5, 0.0), False),
-        (SamplerChain().temp(0).xtc(0.5, 0.1), True),
-        (SamplerChain().penalties(64, 1.1).temp(0), False),
-        (SamplerChain().penalties(64, 1.0).temp(0), True),
-        (SamplerChain().dry(0.8).greedy(), False),
-        (SamplerChain().logit_bias({}).greedy(), True),
-        (SamplerChain().logit_bias({7: 0.0}).greedy(), True),
-        (SamplerChain().logit_bias({7: 0.5}).greedy(), False),
-        (SamplerChain().typical(0.9).greedy(), False),
-        (SamplerChain().typical(1.0).greedy(), True),
-        (SamplerChain().xtc(0.5, 0.1).greedy(), False),
-        (SamplerChain().xtc(0.5, 0.6).greedy(), True),
-        (SamplerChain().infill().greedy(), False),
-        (SamplerChain().grammar(GBNF).greedy(), False),
-        (SamplerChain(), False),
-        (SamplerChain().temp_ext(0, 0.5), False),
-        (SamplerChain.chat(), False),
-        (SamplerChain().top_k(2).mirostat(), False),
-    ],
-)
-def test_is_greedy(chain: SamplerChain, greedy: bool) -> None:
-    assert chain.is_greedy is greedy
-
-
-def outcomes(chain: SamplerChain, row: list[float], history: set[int]) -> set[int]:
-    """Every token the chain can choose, by each stage's definition in double precision."""
-    worlds = [dict(enumerate(row))]
-    for stage in chain.stages:
-        worlds = [new for world in worlds for new in apply(stage, world, history)]
-    chosen = set()
-    for world in worlds:
-        alive = {token: logit for token, logit in world.items() if logit > -math.inf}
-        if chain.selector.name == "greedy":
-            chosen.add(max(alive, key=alive.__getitem__, default=-1))
-        else:
-            chosen.update(alive or {-1})
-    return chosen
-
-
-def apply(stage: Stage, world: dict[int, float], history: set[int]) -> list[dict[int, float]]:
-    p = stage.params
-    best = max(world.values())
-    weights = {t: math.exp(x - best) if best > -math.inf else 0.0 for t, x in world.items()}
-    total = sum(weights.values()) or 1.0
-    order = sorted(world, key=lambda t: (-world[t], t))
-
-    def nucleus(tokens: list[int]) -> dict[int, float]:
-        mass, kept = 0.0, {}
-        for token in tokens:
-            kept[token] = world[token]
-            mass += weights[token] / total
-            if mass >= p["p"] and len(kept) >= p["min_keep"]:
-                break
-        return kept
-
-    match stage.name:
-        case "temp" if p["t"] == 0:
-            return [{t: x if t == order[0] else -math.inf for t, x in world.items()}]
-        case "temp":
-            return [{t: x / p["t"] for t, x in world.items()}]
-        case "top_k" if p["k"] > 0:
-            return [{t: world[t] for t in order[: p["k"]]}]
-        case "top_p" if p["p"] < 1:
-            return [nucleus(order)]
-        case "min_p" if p["p"] > 0:
-            floor = best + math.log(p["p"])
-            kept = [t for i, t in enumerate(order) if world[t] >= floor or i < p["min_keep"]]
-            return [{t: world[t] for t in kept}]
-        case "typical" if p["p"] < 1:
-            surprise = {t: -math.log(w / total) if w else math.inf for t, w in weights.items()}
-            entropy = sum(w / total * surprise[t] for t, w in weights.items() if w)
-            return [nucleus(sorted(world, key=lambda t: abs(surprise[t] - entropy)))]
-        case "xtc" if p["p"] > 0 and p["t"] <= 0.5 and len(world) >= 2:
-            probable = [t for t in order if weights[t] / total >= p["t"]]
-            cut = max(len(probable) - 1, 0)
-            cut = cut if len(order) - cut >= p["min_keep"] else 0
-            return [world, {t: world[t] for t in order[cut:]}]
-        case "penalties" if p["penalty_last_n"]:
-            scale, present = p["penalty_repeat"], p["penalty_present"]
-            return [
-                {
-                    t: (x * scale if x <= 0 else x / scale) - present if t in history else x
-                    for t, x in world.items()
-                }
-            ]
-        case "logit_bias":
-            bias = dict(p["logit_bias"])
-            return [{t: x + bias.get(t, 0.0) for t, x in world.items()}]
-    return [world]
-
-
-def variants(name: str, **values: list[Any]) -> list[Stage]:
-    return [
-        Stage(name, **dict(zip(values, combination, strict=True)))
-        for combination in itertools.product(*values.values())
-    ]
-
-
-VARIANTS = [
-    *variants("temp", t=[0, 0.5, 1.0]),
-    *variants("top_k", k=[0, 1, 2]),
-    *variants("top_p", p=[0.0, 0.5, 1.0], min_keep=[1, 2]),
-    *variants("min_p", p=[0.0, 0.1, 1.0], min_keep=[1, 2]),
-    *variants("typical", p=[0.0, 0.5, 1.0], min_keep=[1]),
-    *variants("xtc", p=[0.0, 0.5], t=[0.0, 0.1, 0.6], min_keep=[1], seed=[None]),
-    *variants(
-        "penalties",
-        penalty_last_n=[0, 8],
-        penalty_repeat=[1.0, 8.0],
-        penalty_freq=[0.0],
-        penalty_present=[0.0, 3.0],
-    ),
-    *variants("logit_bias", logit_bias=[{}, {0: 0.0}, {0: 3.0}, {0: -math.inf}]),
-]
-# Multiples of 1/4 without ties: no rounding. Peaked, flat, and with the argmax at either end.
-ROWS = [
-    [3.0, 2.75, 2.5, 2.25],
-    [2.5, 2.75, 3.0, 2.25],
-    [0.0, 8.0, 0.25, 7.75],
-    [8.0, -4.0, 0.0, 0.25],
-    [-1.0, -0.75, -1.25, -1.5],
-    [1.5, 0.75, 0.5, 0.25, 0.0, -0.25, -0.5, -0.75, -1.0, -1.25, 1.0],  # the argmax is not typical
-]
-HISTORY = {0, 1}
-
-
-@pytest.mark.parametrize("selector", [[], [Stage("greedy")], [Stage("dist", seed=None)]], ids=str)
-def test_is_greedy_is_exact(selector: list[Stage]) -> None:
-    """It promises no more than holds (chains of two stages), and no less (of one stage).
-
-    Two truncations may leave one candidate by arithmetic (top_k 2, then top_p 0.5): not claimed.
-    """
-    pairs = list(itertools.product(VARIANTS, repeat=2))
-    promised = 0
-    for steps in [(), *((stage,) for stage in VARIANTS), *pairs]:
-        chain = SamplerChain((*steps, *selector))
-        bare = all(outcomes(chain, row, HISTORY) == {row.index(max(row))} for row in ROWS)
-        promised += chain.is_greedy
-        assert bare or not chain.is_greedy, chain
-        assert len(steps) == 2 or chain.is_greedy or not bare, chain
-    assert promised > 100
+@pytest.mark.parametrize("written", [SamplerChain(), SamplerChain.chat().grammar(GBNF)], ids=repr)
+def test_the_executor_is_part_of_the_chain(written: SamplerChain) -> None:
+    assert written.executor == "fused"
+    reference = written.with_executor("reference")
+    assert reference.executor == reference.temp(0.5).executor == "reference"
+    assert reference != written
+    assert reference.with_executor("fused") == written
+    assert len({reference, written}) == 2
+    for copied in (
+        pickle.loads(pickle.dumps(reference)),
+        SamplerChain.from_json(reference.to_json()),
+        eval(repr(reference)),
+    ):
+        assert copied == reference
+    with pytest.raises(SamplerError, match="executor"):
+        SamplerChain(executor="fastest")  # type: ignore[arg-type]
 
 
 # Recommendations of the GGUF.

@@ -137,8 +137,9 @@ def test_gemma_decodes_again_what_its_window_has_dropped(window_llama: Llama) ->
     # Position 520 attends to those from 9 on.
     assert llama.context.memory.seq_pos_min(0) > 9
     # Control: told to keep the prefix all the same, the core gives other logits.
+    greedy = SamplerChain().greedy().compile(llama.context.model, 1)
     stepper.assign(
-        0, other, sampler=None, n_keep=520, leader=-1, max_tokens=0, min_tokens=0, stop_tokens=(),
+        0, other, sampler=greedy, n_keep=520, leader=-1, max_tokens=0, min_tokens=0, stop_tokens=(),
         n_logprobs=-1, prompt_logprobs=False, ignore_eos=False, special=False, emit=False,
     )  # fmt: skip
     while stepper.is_active(0):

@@ -1,4 +1,4 @@
-"""`SamplerChain.compile`: the right samplers of llama.cpp, their order, arguments and seeds."""
+"""`SamplerChain.compile`: both executors get the right stages in order, arguments and seeds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llama_crab import _core, sampling_reference
+from llama_crab import _core, sampling_compile
 from llama_crab.errors import GrammarError, SamplerError
 from llama_crab.sampling import SamplerChain
 
@@ -26,6 +26,18 @@ def model() -> Iterator[_core.Model]:
     path = LLAMA_CPP / "models" / "ggml-vocab-llama-spm.gguf"
     with _core.Model(str(path), vocab_only=True) as loaded:
         yield loaded
+
+
+def reference(chain: SamplerChain, model: _core.Model, seed: int, **options: Any) -> _core.Sampler:
+    native = chain.with_executor("reference").compile(model, seed, **options)
+    assert isinstance(native, _core.Sampler)
+    return native
+
+
+def fused(chain: SamplerChain, model: _core.Model, seed: int, **options: Any) -> _core.FusedSampler:
+    native = chain.compile(model, seed, **options)
+    assert isinstance(native, _core.FusedSampler)
+    return native
 
 
 def names(native: _core.Sampler) -> list[str]:
@@ -55,29 +67,41 @@ def names(native: _core.Sampler) -> list[str]:
 def test_llama_cpp_gets_the_stages_in_order(
     model: _core.Model, chain: SamplerChain, expected: list[str]
 ) -> None:
-    assert names(chain.compile(model, seed=1)) == expected
+    assert names(reference(chain, model, 1)) == expected
+    ours = [name for name, _ in fused(chain, model, 1).stages]
+    assert ours == [stage.name for stage in chain.stages]
 
 
 def test_the_requests_bias_comes_after_the_grammar_and_before_the_stages(
     model: _core.Model,
 ) -> None:
     chain = SamplerChain().temp(0.5).grammar(GBNF)
-    native = chain.compile(model, seed=1, logit_bias={3: float("-inf")})
+    banned = {3: float("-inf")}
+    native = reference(chain, model, 1, logit_bias=banned)
     assert names(native) == ["grammar", "logit-bias", "temp", "dist"]
-    assert names(SamplerChain().compile(model, seed=1, logit_bias={3: 1.0})) == [
-        "logit-bias",
-        "dist",
-    ]
-    assert names(SamplerChain().compile(model, seed=1, logit_bias={})) == ["dist"]
+    ours = [name for name, _ in fused(chain, model, 1, logit_bias=banned).stages]
+    assert ours == ["grammar", "logit_bias", "temp", "dist"]
+    native = reference(SamplerChain(), model, 1, logit_bias={3: 1.0})
+    assert names(native) == ["logit-bias", "dist"]
+    assert names(reference(SamplerChain(), model, 1, logit_bias={})) == ["dist"]
 
 
-def test_a_stages_own_seed_wins_and_choices_count_up(model: _core.Model) -> None:
-    assert SamplerChain().compile(model, seed=5)[0].seed == 5
-    assert SamplerChain().compile(model, seed=5, choice=2)[0].seed == 7
-    assert SamplerChain().dist(seed=7).compile(model, seed=5)[0].seed == 7
-    assert SamplerChain().dist(seed=7).compile(model, seed=5, choice=2)[0].seed == 9
-    # 0xFFFFFFFF would mean "random" to llama.cpp.
-    assert SamplerChain().compile(model, seed=0xFFFFFFFE, choice=1)[0].seed == 0
+@pytest.mark.parametrize(
+    ("chain", "seed", "choice", "used"),
+    [
+        (SamplerChain(), 5, 0, 5),
+        (SamplerChain(), 5, 2, 7),
+        (SamplerChain().dist(seed=7), 5, 0, 7),
+        (SamplerChain().dist(seed=7), 5, 2, 9),
+        # 0xFFFFFFFF would mean "random" to llama.cpp.
+        (SamplerChain(), 0xFFFFFFFE, 1, 0),
+    ],
+)
+def test_a_stages_own_seed_wins_and_choices_count_up(
+    model: _core.Model, chain: SamplerChain, seed: int, choice: int, used: int
+) -> None:
+    assert reference(chain, model, seed, choice=choice)[0].seed == used
+    assert fused(chain, model, seed, choice=choice).stages == (("dist", {"seed": used}),)
 
 
 @pytest.mark.parametrize("seed", [-1, 0xFFFFFFFF, 1.0, True, None])
@@ -108,23 +132,29 @@ def test_a_grammar_that_does_not_parse_is_an_error(model: _core.Model, gbnf: str
 ROW = array("f", [0.0, 3.0, 2.0, 1.0])
 
 
-def test_the_compiled_chain_does_what_it_says(model: _core.Model) -> None:
-    cut = SamplerChain().top_k(2).temp(0.5).greedy().compile(model, 1)
+@pytest.mark.parametrize("executor", ["fused", "reference"])
+def test_the_compiled_chain_does_what_it_says(model: _core.Model, executor: Any) -> None:
+    chain = SamplerChain(executor=executor)
+    cut = chain.top_k(2).temp(0.5).greedy().compile(model, 1)
     ids, logits, _, selected = cut.apply(ROW)
     assert (ids, logits, selected) == ([1, 2], [6.0, 4.0], 1)
-    banned = SamplerChain().greedy().compile(model, 1, logit_bias={1: float("-inf")})
+    banned = chain.greedy().compile(model, 1, logit_bias={1: float("-inf")})
     assert banned.apply(ROW)[3] == 2
-    absent = SamplerChain().penalties(8, penalty_present=10.0).greedy().compile(model, 1)
+    absent = chain.penalties(8, penalty_present=10.0).greedy().compile(model, 1)
     assert absent.apply(ROW)[3] == 1
     absent.accept(1)
     assert absent.apply(ROW)[3] == 2
+    assert [absent.select(ROW) for _ in range(3)] == [2, 3, 0]
+    assert list(ROW) == [0.0, 3.0, 2.0, 1.0]
 
 
-def test_the_seed_decides_the_draw(model: _core.Model) -> None:
+@pytest.mark.parametrize("executor", ["fused", "reference"])
+def test_the_seed_decides_the_draw(model: _core.Model, executor: Any) -> None:
     flat = array("f", [0.0] * 1000)
 
-    def draws() -> list[int | None]:
-        return [SamplerChain().compile(model, seed).apply(flat)[3] for seed in range(32)]
+    def draws() -> list[int]:
+        chain = SamplerChain(executor=executor)
+        return [chain.compile(model, seed).select(flat) for seed in range(32)]
 
     assert draws() == draws()
     assert len(set(draws())) > 16
@@ -171,15 +201,16 @@ class Recorder:
 def test_arguments_arrive_in_the_order_of_llama_h(
     monkeypatch: pytest.MonkeyPatch, chain: SamplerChain, call: tuple[Any, ...]
 ) -> None:
-    monkeypatch.setattr(sampling_reference, "Sampler", Recorder())
+    monkeypatch.setattr(sampling_compile, "Sampler", Recorder())
     vocab = SimpleNamespace(n_tokens=100, eot=None, eos=2)
-    recorded: Any = chain.compile(SimpleNamespace(vocab=vocab), seed=42)  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(vocab=vocab)
+    recorded: Any = chain.with_executor("reference").compile(model, seed=42)
     seen = tuple("vocab" if argument is vocab else argument for argument in recorded.calls[0])
     assert seen == call
 
 
 def test_infill_needs_an_end_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling_reference, "Sampler", Recorder())
+    monkeypatch.setattr(sampling_compile, "Sampler", Recorder())
     bare: Any = SimpleNamespace(vocab=SimpleNamespace(n_tokens=100, eot=None, eos=None))
     with pytest.raises(SamplerError, match=r"^infill: "):
         SamplerChain().infill().compile(bare, seed=1)

@@ -1,0 +1,299 @@
+#include "token_pool.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "row_kernels.h"
+
+namespace llama_crab {
+
+namespace {
+
+constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+
+}  // namespace
+
+void TokenPool::open(LogitsRow & row) {
+    row_     = &row;
+    whole_   = true;
+    sorted_  = false;
+    removed_ = 0;
+    dead_    = 0;
+    scale_   = 1.0f;
+    divisors_.clear();
+}
+
+void TokenPool::open_masked(LogitsRow & row, const std::vector<uint32_t> & bits) {
+    open(row);
+    scratch_.resize((size_t) row.n());
+    kernels().masked(row.data(), bits.data(), row.n(), scratch_.data());
+    scratch_row_.open(scratch_.data(), row.n());
+    row_ = &scratch_row_;
+}
+
+void TokenPool::open_listed(LogitsRow & row, const std::vector<int32_t> & ids) {
+    open(row);
+    whole_ = false;
+    list_.clear();
+    for (int32_t id : ids) {
+        list_.push(id, row.data()[id]);
+    }
+    dead_ = (size_t) row.n() - ids.size();
+    drop_dead();
+}
+
+void TokenPool::open_single(int32_t id, int32_t n) {
+    whole_  = false;
+    sorted_ = false;
+    dead_   = (size_t) n - 1;
+    list_.clear();
+    list_.push(id, 0.0f);
+}
+
+bool TokenPool::empty() { return whole_ ? row_->max() == minus_infinity : list_.empty(); }
+
+size_t TokenPool::size() const {
+    return whole_ ? (size_t) row_->n() - removed_ : list_.size() + dead_;
+}
+
+TokenList & TokenPool::as_list() {
+    to_list();
+    return list_;
+}
+
+void TokenPool::set_list(bool sorted) {
+    drop_dead();
+    sorted_ = sorted;
+}
+
+// A logit of the row as the stages so far have left it; divided one by one, as llama.cpp does.
+float TokenPool::scaled(float logit) const {
+    for (float t : divisors_) {
+        logit /= t;
+    }
+    return logit;
+}
+
+// Turns a list of the row's logits into one of the pool's.
+void TokenPool::scale_list() {
+    if (!divisors_.empty()) {
+        for (float & logit : list_.logits) {
+            logit = scaled(logit);
+        }
+        divisors_.clear();
+        scale_ = 1.0f;
+    }
+    whole_ = false;
+    drop_dead();
+}
+
+void TokenPool::to_list() {
+    if (!whole_) {
+        return;
+    }
+    const size_t n = size();
+    if (sorted_) {
+        row_->top(row_->n(), list_);
+    } else {
+        row_->at_least(-FLT_MAX, list_);
+    }
+    dead_ = n - list_.size();
+    scale_list();
+}
+
+void TokenPool::drop_dead() {
+    size_t m = 0;
+    for (size_t i = 0; i < list_.size(); ++i) {
+        list_.ids[m]    = list_.ids[i];
+        list_.logits[m] = list_.logits[i];
+        m += list_.logits[i] > minus_infinity;
+    }
+    dead_ += list_.size() - m;
+    list_.resize(m);
+}
+
+void TokenPool::sort() {
+    if (!sorted_) {
+        sorter_.sort(list_);
+        sorted_ = true;
+    }
+}
+
+// Keeps the first n, dead ones last.
+void TokenPool::truncate(size_t n) {
+    dead_ = n > list_.size() ? std::min(dead_, n - list_.size()) : 0;
+    list_.resize(std::min(n, list_.size()));
+}
+
+double TokenPool::weigh() {
+    const int32_t n   = (int32_t) list_.size();
+    const float   max = sorted_ ? list_.logits[0] : kernels().max(list_.logits.data(), n);
+    weights_.resize((size_t) n);
+    kernels().exps(list_.logits.data(), n, max, 1.0f, weights_.data());
+    return std::accumulate(weights_.begin(), weights_.end(), 0.0);
+}
+
+// Applies pending temperatures to a copy of the row, so that single logits can be changed.
+void TokenPool::use_scratch() {
+    if (divisors_.empty()) {
+        return;
+    }
+    std::vector<float> & to   = row_ == &scratch_row_ ? scores_ : scratch_;
+    const int32_t        n    = row_->n();
+    const float *        from = row_->data();
+    to.resize((size_t) n);
+    for (float t : divisors_) {
+        kernels().divide(from, n, t, to.data());
+        from = to.data();
+    }
+    if (&to == &scores_) {
+        scratch_.swap(scores_);
+    }
+    scratch_row_.open(scratch_.data(), n);
+    row_ = &scratch_row_;
+    divisors_.clear();
+    scale_ = 1.0f;
+}
+
+void TokenPool::keep_single(int32_t id, float logit) {
+    dead_ = size() - 1;
+    list_.clear();
+    list_.push(id, logit);
+    whole_ = false;
+    divisors_.clear();
+    scale_ = 1.0f;
+}
+
+void TokenPool::temp(float t) {
+    if (t <= 0.0f) {
+        if (whole_) {
+            const int32_t id = row_->argmax();
+            keep_single(id, scaled(row_->data()[id]));
+        } else {
+            const auto at = std::max_element(list_.logits.begin(), list_.logits.end());
+            keep_single(list_.ids[(size_t) (at - list_.logits.begin())], *at);
+        }
+        return;
+    }
+    if (t == 1.0f) {
+        return;
+    }
+    if (whole_ && std::isfinite(scaled(row_->max()) / t) && std::isfinite(scale_ / t)) {
+        divisors_.push_back(t);
+        scale_ /= t;
+        return;
+    }
+    to_list();
+    const float max = kernels().max(list_.logits.data(), (int32_t) list_.size());
+    // Where the quotient overflows, the distance to the best token is what counts.
+    const float base = std::isfinite(max / t) ? 0.0f : max;
+    for (float & logit : list_.logits) {
+        logit = (logit - base) / t;
+    }
+    drop_dead();
+}
+
+void TokenPool::temp_ext(float t, float delta, float exponent) {
+    if (delta <= 0.0f) {
+        temp(t);
+        return;
+    }
+    const size_t n = size();
+    if (n <= 1) {
+        return;
+    }
+    double sum = 0.0, dot = 0.0;
+    if (whole_) {
+        kernels().entropy_sums(row_->data(), row_->n(), row_->max(), scale_, sum, dot);
+    } else {
+        const int32_t m = (int32_t) list_.size();
+        kernels().entropy_sums(list_.logits.data(), m, kernels().max(list_.logits.data(), m), 1.0f,
+                               sum, dot);
+        sort();
+    }
+    sorted_ = true;
+    const double entropy = std::max(0.0, std::log(sum) - dot / sum);
+    const double low = std::max(0.0f, t - delta), high = t + delta;
+    const double share = std::pow(entropy / std::log((double) n), (double) exponent);
+    temp((float) (low + (high - low) * share));
+}
+
+std::vector<float> TokenPool::probabilities() const {
+    const double       sum = std::accumulate(weights_.begin(), weights_.end(), 0.0);
+    std::vector<float> p(weights_.size());
+    std::transform(weights_.begin(), weights_.end(), p.begin(),
+                   [&](float weight) { return (float) (weight / sum); });
+    return p;
+}
+
+TokenPool::Choice TokenPool::best() {
+    if (whole_) {
+        return {row_->argmax(), 1.0};
+    }
+    const auto at = std::max_element(list_.logits.begin(), list_.logits.end());
+    return {list_.ids[(size_t) (at - list_.logits.begin())], 1.0};
+}
+
+TokenPool::Choice TokenPool::draw(double u) {
+    if (whole_ && !sorted_) {
+        const double  sum = row_->sum_exp(scale_);
+        const int32_t at  = row_->find(u * sum, scale_);
+        const int32_t id  = at < 0 ? row_->argmax() : at;
+        return {id, std::exp((double) ((row_->data()[id] - row_->max()) * scale_)) / sum};
+    }
+    double sum = 0.0;
+    const auto find = [&] {
+        double run = 0.0;
+        for (size_t i = 0; i < weights_.size(); ++i) {
+            run += weights_[i];
+            if (run >= u * sum) {
+                return i;
+            }
+        }
+        return weights_.size();
+    };
+    if (whole_) {
+        const float max = row_->max();
+        sum = row_->sum_exp(scale_);
+        size_t at = 0;
+        take_descending(*row_, [&] {
+            weights_.resize(list_.size());
+            kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_,
+                           weights_.data());
+            at = find();
+            return at < weights_.size();
+        });
+        at = std::min(at, list_.size() - 1);
+        return {list_.ids[at], weights_[at] / sum};
+    }
+    sum = weigh();
+    const size_t at = std::min(find(), list_.size() - 1);
+    return {list_.ids[at], weights_[at] / sum};
+}
+
+TokenPool::Choice TokenPool::draw_adaptive(double u, float target) {
+    if (whole_ && sorted_) {
+        to_list();
+    }
+    const bool    whole = whole_;
+    const float * from  = whole ? row_->data() : list_.logits.data();
+    const int32_t n     = whole ? row_->n() : (int32_t) list_.size();
+    const float   max   = whole ? row_->max() : kernels().max(from, n);
+    const double  sum   = whole ? row_->sum_exp(scale_) : weigh();
+    scores_.resize((size_t) n);
+    kernels().adaptive(from, n, max, scale_, (float) (1.0 / sum), target, scores_.data());
+    score_row_.open(scores_.data(), n);
+    const double  total = score_row_.sum_exp(1.0f);
+    const int32_t found = score_row_.find(u * total, 1.0f);
+    const int32_t at    = found < 0 ? score_row_.argmax() : found;
+    if (!whole) {
+        kernels().exps(scores_.data(), n, score_row_.max(), 1.0f, weights_.data());
+    }
+    return {whole ? at : list_.ids[(size_t) at],
+            std::exp((double) ((from[at] - max) * scale_)) / sum};
+}
+
+}  // namespace llama_crab

@@ -1,0 +1,323 @@
+#include "token_pool.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "row_kernels.h"
+
+namespace llama_crab {
+
+namespace {
+
+constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+
+}  // namespace
+
+void TokenPool::top_k(int32_t k) {
+    if (k <= 0) {
+        return;
+    }
+    const size_t kept = std::min((size_t) k, size());
+    if (whole_) {
+        row_->top((int32_t) kept, list_);
+        dead_ = 0;
+        scale_list();
+        sorted_ = true;
+    } else {
+        sort();
+        truncate(kept);
+    }
+}
+
+void TokenPool::top_p(float p, size_t min_keep) {
+    if (p >= 1.0f) {
+        return;
+    }
+    size_t kept = 0;
+    const auto reached = [&](double target) {
+        double run = 0.0;
+        for (size_t i = 0; i < weights_.size(); ++i) {
+            run += weights_[i];
+            if (run >= target && i + 1 >= min_keep) {
+                kept = i + 1;
+                return true;
+            }
+        }
+        return false;
+    };
+    const size_t n = size();
+    if (whole_) {
+        const float  max    = row_->max();
+        const double target = p * row_->sum_exp(scale_);
+        take_descending(*row_, [&] {
+            weights_.resize(list_.size());
+            kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_,
+                           weights_.data());
+            return reached(target);
+        });
+        dead_ = n - list_.size();
+        scale_list();
+        sorted_ = true;
+    } else {
+        sort();
+        reached(p * weigh());
+    }
+    truncate(kept > 0 ? kept : std::max(list_.size(), std::min(min_keep, n)));
+}
+
+void TokenPool::min_p(float p, size_t min_keep) {
+    if (p <= 0.0f) {
+        return;
+    }
+    const float  log_p = std::log(p);
+    const size_t n     = size();
+    const size_t least = std::max<size_t>(1, min_keep);
+    const float  max   = whole_ ? row_->max() : kernels().max(list_.logits.data(),
+                                                              (int32_t) list_.size());
+    const float  bound = scaled(max) + log_p;
+    spare_.clear();
+    if (whole_) {
+        // A little lower than the bound divided back, then exactly.
+        const float reach = -log_p / scale_;
+        row_->at_least(max - reach - 1e-5f * (std::fabs(max) + reach), spare_);
+        for (float & logit : spare_.logits) {
+            logit = scaled(logit);
+        }
+    } else {
+        spare_ = list_;
+    }
+    size_t m = 0;
+    for (size_t i = 0; i < spare_.size(); ++i) {
+        spare_.ids[m]    = spare_.ids[i];
+        spare_.logits[m] = spare_.logits[i];
+        m += spare_.logits[i] >= bound;
+    }
+    spare_.resize(m);
+    if (m < least) {
+        top_k((int32_t) std::min(least, n));
+        return;
+    }
+    std::swap(list_, spare_);
+    const bool was_whole = whole_;
+    whole_ = false;
+    dead_  = 0;
+    divisors_.clear();
+    scale_ = 1.0f;
+    if (was_whole && sorted_) {
+        sorted_ = false;
+        sort();
+    }
+}
+
+void TokenPool::typical(float p, size_t min_keep) {
+    if (p >= 1.0f) {
+        return;
+    }
+    const size_t n = size();
+    double sum = 0.0, dot = 0.0;
+    // x = (logit - max) * scale; a token's surprise equals the entropy where x is dot / sum.
+    if (!whole_) {
+        sort();
+        const float max = list_.logits[0];
+        kernels().entropy_sums(list_.logits.data(), (int32_t) list_.size(), max, 1.0f, sum, dot);
+        keep_nearest(max, dot / sum, p * sum, min_keep);
+        return;
+    }
+    const float max = row_->max(), max_scaled = scaled(max);
+    kernels().entropy_sums(row_->data(), row_->n(), max, scale_, sum, dot);
+    scores_.resize((size_t) row_->n());
+    kernels().closeness(row_->data(), row_->n(), (float) (max + dot / sum / scale_), scale_,
+                        scores_.data());
+    score_row_.open(scores_.data(), row_->n());
+    take_descending(score_row_, [&] {
+        double run = 0.0;
+        for (size_t i = 0; i < list_.size(); ++i) {
+            run += std::exp((row_->data()[list_.ids[i]] - max) * scale_);
+            if (run > p * sum && i + 1 >= min_keep) {
+                list_.resize(std::min(list_.size(), i + 64));  // some more, for rounded scores
+                return true;
+            }
+        }
+        return false;
+    });
+    for (size_t i = 0; i < list_.size(); ++i) {
+        list_.logits[i] = row_->data()[list_.ids[i]];
+    }
+    dead_ = n - list_.size();
+    scale_list();
+    sorter_.sort(list_);
+    keep_nearest(max_scaled, dot / sum, p * sum, min_keep);
+}
+
+// Of a sorted list, keeps those whose logit - max is nearest `centre`, nearest first, until their
+// weights exceed `target`.
+void TokenPool::keep_nearest(float max, double centre, double target, size_t min_keep) {
+    const size_t n = list_.size();
+    order_.resize(n);
+    distance_.resize(n);
+    std::iota(order_.begin(), order_.end(), 0);
+    for (size_t i = 0; i < n; ++i) {
+        distance_[i] = std::fabs((double) (list_.logits[i] - max) - centre);
+    }
+    std::sort(order_.begin(), order_.end(), [&](uint32_t a, uint32_t b) {
+        return distance_[a] < distance_[b] || (distance_[a] == distance_[b] && a < b);
+    });
+    spare_.clear();
+    double run = 0.0;
+    for (uint32_t i : order_) {
+        spare_.push(list_.ids[i], list_.logits[i]);
+        run += std::exp((double) (list_.logits[i] - max));
+        if (run > target && spare_.size() >= min_keep) {
+            break;
+        }
+    }
+    std::swap(list_, spare_);
+    sorted_ = false;
+    dead_   = min_keep > list_.size() ? std::min(dead_, min_keep - list_.size()) : 0;
+}
+
+void TokenPool::top_n_sigma(float n) {
+    if (n <= 0.0f || size() <= 1) {
+        return;
+    }
+    double  sum = 0.0, squares = 0.0;
+    int32_t count = 0;
+    const size_t n_all = size();
+    if (whole_) {
+        kernels().deviations(row_->data(), row_->n(), row_->max(), sum, squares, count);
+    } else {
+        const int32_t m = (int32_t) list_.size();
+        kernels().deviations(list_.logits.data(), m, kernels().max(list_.logits.data(), m), sum,
+                             squares, count);
+    }
+    const double mean  = sum / count;
+    const double sigma = std::sqrt(std::max(0.0, squares / count - mean * mean));
+    if (whole_) {
+        const float max   = row_->max();
+        const float bound = scaled(max) - (float) (n * sigma * scale_);
+        const double reach = n * sigma;
+        row_->at_least((float) (max - reach - 1e-5 * (std::fabs(max) + reach)), list_);
+        dead_ = n_all - list_.size();
+        scale_list();
+        for (float & logit : list_.logits) {
+            logit = logit < bound ? minus_infinity : logit;
+        }
+        if (sorted_) {
+            sorter_.sort(list_);
+        }
+    } else {
+        const float bound =
+            kernels().max(list_.logits.data(), (int32_t) list_.size()) - (float) (n * sigma);
+        for (float & logit : list_.logits) {
+            logit = logit < bound ? minus_infinity : logit;
+        }
+    }
+    drop_dead();
+}
+
+void TokenPool::exclude_top(float t, size_t min_keep) {
+    const size_t n = size();
+    // How many have probability >= t is known from the best ones, unless t lets everything in.
+    size_t n_above = 0;
+    const auto count_above = [&](double sum) {
+        n_above = 0;
+        while (n_above < weights_.size() && (float) (weights_[n_above] / sum) >= t) {
+            ++n_above;
+        }
+        return n_above < weights_.size();
+    };
+    if (whole_ && t > 0.0f) {
+        const float  max = row_->max();
+        const double sum = row_->sum_exp(scale_);
+        take_descending(*row_, [&] {
+            weights_.resize(list_.size());
+            kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_,
+                           weights_.data());
+            return count_above(sum);
+        });
+        sorted_ = true;
+        if (n_above > 1 && n - (n_above - 1) >= min_keep) {
+            for (size_t i = 0; i + 1 < n_above; ++i) {
+                row_->edit(list_.ids[i], minus_infinity);
+            }
+            removed_ += n_above - 1;
+        }
+        return;
+    }
+    to_list();
+    sort();
+    if (!count_above(weigh()) && t <= 0.0f) {
+        n_above = n;  // the dead are at least as probable as 0
+    }
+    if (n_above > 1 && n - (n_above - 1) >= min_keep) {
+        const size_t dropped = n_above - 1;
+        const size_t live    = std::min(dropped, list_.size());
+        list_.ids.erase(list_.ids.begin(), list_.ids.begin() + (std::ptrdiff_t) live);
+        list_.logits.erase(list_.logits.begin(), list_.logits.begin() + (std::ptrdiff_t) live);
+        dead_ -= dropped - live;
+    }
+}
+
+void TokenPool::mirostat(float mu, int32_t n_vocab, int32_t m) {
+    const size_t n = size();
+    if (whole_) {
+        row_->top((int32_t) std::min<size_t>((size_t) m, n), spare_);
+        for (float & logit : spare_.logits) {
+            logit = scaled(logit);
+        }
+    } else {
+        sort();
+        spare_ = list_;
+    }
+    // In floats and through probabilities, as llama.cpp: a small difference here changes k.
+    const auto weight = [&](size_t i) {
+        return i < spare_.size() ? std::exp(spare_.logits[i] - spare_.logits[0]) : 0.0f;
+    };
+    float sum_tb = 0.0f, sum_tt = 0.0f;
+    for (size_t i = 0; i + 1 < (size_t) m && i + 1 < n; ++i) {
+        const float t = std::log((float) (i + 2) / (float) (i + 1));
+        const float b = std::log(weight(i) / weight(i + 1));
+        sum_tb += t * b;
+        sum_tt += t * t;
+    }
+    const float s       = sum_tb / sum_tt;
+    const float epsilon = s - 1.0f;
+    const float k = std::pow(epsilon * std::pow(2.0f, mu) /
+                                 (1.0f - std::pow((float) n_vocab, -epsilon)),
+                             1.0f / s);
+    // What does not fit an int becomes INT_MIN on x86, and so 1.
+    top_k(k >= 1.0f && k < 2147483648.0f ? (int32_t) k : 1);
+}
+
+void TokenPool::mirostat_v2(float mu) {
+    const auto cut = [&](double sum) {
+        size_t kept = 0;
+        while (kept < weights_.size() && !(-std::log2((float) (weights_[kept] / sum)) > mu)) {
+            ++kept;
+        }
+        return kept;
+    };
+    size_t kept = 0;
+    if (whole_) {
+        const float  max   = row_->max();
+        const double sum   = row_->sum_exp(scale_);
+        const double reach = (mu * 0.6931471805599453 - std::log(sum)) / scale_;
+        // Below a surprise of mu, or a little more, then exactly.
+        row_->at_least((float) (max - std::max(0.0, reach) - 1e-5 * (std::fabs(max) + std::fabs(reach))), list_);
+        sorter_.sort(list_);
+        weights_.resize(list_.size());
+        kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_, weights_.data());
+        kept = cut(sum);
+        dead_ = 0;
+        scale_list();
+        sorted_ = true;
+    } else {
+        sort();
+        kept = cut(weigh());
+    }
+    truncate(std::max<size_t>(1, kept));
+}
+
+}  // namespace llama_crab
