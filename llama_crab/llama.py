@@ -18,6 +18,10 @@ from .params import INT32_MAX, RANDOM_SEED, LlamaParams, ParameterError, require
 from .sampling import SamplerChain
 from .stream import CompletionStream
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .engine.processors import BatchLogitsProcessor, LogitsProcessor
+
 Prompt = str | Sequence[int]
 
 
@@ -39,6 +43,7 @@ class CompletionOptions(TypedDict, total=False):
     suffix: str | None
     special: bool
     cache_prompt: bool
+    logits_processors: Iterable[LogitsProcessor | BatchLogitsProcessor]
     callback: Callable[[CompletionChunk], object] | None
 
 
@@ -186,6 +191,7 @@ class Llama:
         suffix: str | None = None,
         special: bool = False,
         cache_prompt: bool = True,
+        logits_processors: Iterable[LogitsProcessor | BatchLogitsProcessor] = (),
         callback: Callable[[CompletionChunk], object] | None = None,
     ) -> Completion | CompletionStream:
         """Continue `prompt` (text, or token ids) by up to `max_tokens` tokens.
@@ -226,6 +232,13 @@ class Llama:
             Render control tokens in the text.
         cache_prompt
             Reuse what an earlier request with the same beginning left in memory.
+        logits_processors
+            Called in order before each token is sampled, as ``f(tokens, logits)``: the ids so far
+            (int32, read-only) and a copy of the logits (float32, shape (n_vocab,)) to be changed in
+            place; by whichever thread drives the loop. An object with ``process_batch(tokens,
+            logits)`` gets the rows of all running sequences that use it at once, as a list of id
+            arrays and logits of shape (n_rows, n_vocab). The arrays are for the call: keep copies.
+            An exception ends the request and is raised here.
         callback
             Called with each chunk; return False to end the request as ``"cancelled"``. Not with
             `stream`.
@@ -273,6 +286,7 @@ class Llama:
             prompt_logprobs=echo and logprobs is not None,
             stream=stream or callback is not None,
             cache_prompt=cache_prompt,
+            logits_processors=self._processors(logits_processors),
             submit_us=begin_us,
         )
         job = CompletionStream(
@@ -331,6 +345,18 @@ class Llama:
                     f"{name}: token {token} is outside the vocabulary (0..{n_vocab - 1})"
                 )
         return ids
+
+    @staticmethod
+    def _processors(
+        processors: Iterable[LogitsProcessor | BatchLogitsProcessor],
+    ) -> tuple[LogitsProcessor | BatchLogitsProcessor, ...]:
+        if not isinstance(processors, Iterable):
+            raise ParameterError(f"logits_processors: expected callables, not {processors!r}")
+        found = tuple(processors)
+        for processor in found:
+            if not callable(processor) and not hasattr(processor, "process_batch"):
+                raise ParameterError(f"logits_processors: {processor!r} cannot be called")
+        return found
 
     @staticmethod
     def _check(
