@@ -17,9 +17,9 @@ N_GEN = 128
 
 # An object with strings, integers, an enumeration and arrays, as a JSON schema becomes one.
 JSON = r"""
-root     ::= "{" ws "\"name\"" ws ":" ws string "," ws "\"age\"" ws ":" ws integer "," ws
-             "\"role\"" ws ":" ws role "," ws "\"tags\"" ws ":" ws strings "," ws
-             "\"scores\"" ws ":" ws integers "," ws "\"notes\"" ws ":" ws strings ws "}"
+root     ::= ("{" ws "\"name\"" ws ":" ws string "," ws "\"age\"" ws ":" ws integer "," ws
+              "\"role\"" ws ":" ws role "," ws "\"tags\"" ws ":" ws strings "," ws
+              "\"scores\"" ws ":" ws integers "," ws "\"notes\"" ws ":" ws strings ws "}")
 role     ::= "\"admin\"" | "\"editor\"" | "\"viewer\""
 strings  ::= "[" ws string ("," ws string){5,8} ws "]"
 integers ::= "[" ws integer ("," ws integer){5,8} ws "]"

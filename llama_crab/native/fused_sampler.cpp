@@ -189,14 +189,19 @@ void FusedSampler::start(LogitsRow & row) {
 }
 
 llama_token FusedSampler::choose(Candidates * candidates) {
-    for (Stage & stage : stages_) {
+    for (size_t i = 0; i < stages_.size(); ++i) {
         if (pool_.empty()) {
             fail_without_candidates();
         }
-        if (&stage == &stages_.back()) {
-            pending_ = select(stage, candidates);
+        const StageSpec & spec = stages_[i].spec;
+        if (i + 1 == stages_.size()) {
+            pending_ = select(stages_[i], candidates);
+        } else if (spec.kind == StageKind::top_p && spec.min_keep <= 1 &&
+                   stages_[i + 1].spec.kind == StageKind::min_p &&
+                   stages_[i + 1].spec.min_keep <= 1) {
+            pool_.top_p_min_p(spec.p, stages_[++i].spec.p);
         } else {
-            truncate(stage);
+            truncate(stages_[i]);
         }
     }
     return pending_;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "row_kernels.h"
 
@@ -30,28 +31,24 @@ float logit_of(uint64_t key) {
     return logit;
 }
 
-// By the logit's 32 bits in three passes; stable, so equal logits keep their order.
+// By the logit's 32 bits, `Bits` at a time; stable, so equal logits keep their order.
+template <int Bits>
 void radix_sort(std::vector<uint64_t> & keys, std::vector<uint64_t> & spare) {
-    constexpr int bits[3]   = {11, 11, 10};
-    int           shift     = 32;
     spare.resize(keys.size());
-    for (int pass = 0; pass < 3; ++pass) {
-        const uint32_t mask = (1u << bits[pass]) - 1;
-        uint32_t       count[1 << 11] = {};
+    for (int shift = 32; shift < 64; shift += Bits) {
+        constexpr uint32_t mask = (1u << Bits) - 1;
+        uint32_t           begins[1 << Bits] = {};
         for (uint64_t key : keys) {
-            ++count[(uint32_t) (key >> shift) & mask];
+            ++begins[(uint32_t) (key >> shift) & mask];
         }
         uint32_t at = 0;
-        for (uint32_t & c : count) {
-            const uint32_t begin = at;
-            at += c;
-            c = begin;
+        for (uint32_t & begin : begins) {
+            at += std::exchange(begin, at);
         }
         for (uint64_t key : keys) {
-            spare[count[(uint32_t) (key >> shift) & mask]++] = key;
+            spare[begins[(uint32_t) (key >> shift) & mask]++] = key;
         }
         keys.swap(spare);
-        shift += bits[pass];
     }
 }
 
@@ -74,29 +71,29 @@ void ListSorter::store(TokenList & list, size_t n) const {
 
 void ListSorter::sort(TokenList & list) {
     load(list);
-    // The radix sort takes equal logits as they come, which is by id from a row only.
-    if (keys_.size() >= 1024 && std::is_sorted(list.ids.begin(), list.ids.end())) {
-        radix_sort(keys_, spare_);
-    } else {
+    // The radix sorts take equal logits as they come, which is by id from a row only.
+    const size_t n = keys_.size();
+    if (n < 96 || !std::is_sorted(list.ids.begin(), list.ids.end())) {
         std::sort(keys_.begin(), keys_.end());
+    } else if (n < 4096) {
+        radix_sort<8>(keys_, spare_);
+    } else {
+        radix_sort<11>(keys_, spare_);
     }
-    store(list, keys_.size());
+    store(list, n);
 }
 
 void ListSorter::keep_best(TokenList & list, size_t k) {
-    if (k >= list.size()) {
-        sort(list);
-        return;
-    }
-    load(list);
-    const auto end = keys_.begin() + (std::ptrdiff_t) k;
-    if (list.size() > 2 * k) {
+    if (k < list.size() && list.size() >= 4096 && list.size() > 2 * k) {
+        load(list);
+        const auto end = keys_.begin() + (std::ptrdiff_t) k;
         std::nth_element(keys_.begin(), end, keys_.end());
         std::sort(keys_.begin(), end);
+        store(list, k);
     } else {
-        std::sort(keys_.begin(), keys_.end());
+        sort(list);
+        list.resize(std::min(k, list.size()));
     }
-    store(list, k);
 }
 
 bool LogitsRow::open(float * data, int32_t n) {
@@ -233,6 +230,30 @@ float LogitsRow::bound_by_histogram(int32_t k) {
         have += histogram_[(size_t) bin];
         if (have >= k) {
             // One bin lower than needed: the subtraction rounds.
+            return max_ - (float) (bin + 2) / bins_per_1;
+        }
+    }
+    return minus_infinity;
+}
+
+// As bound_by_histogram, for a sum of weights instead of a number of logits.
+float LogitsRow::bound_by_mass(double target, float scale) {
+    constexpr int32_t n_bins = 2048;
+    const float       bins_per_1 = 64.0f * scale;
+    double            mass[n_bins] = {};
+    float             weight[block_len];
+    for (int32_t begin = 0; begin < n_; begin += block_len) {
+        const int32_t count = std::min(block_len, n_ - begin);
+        kernels().exps(data_ + begin, count, max(), scale, weight);
+        for (int32_t j = 0; j < count; ++j) {
+            const float below = (max_ - data_[begin + j]) * bins_per_1;
+            mass[below < n_bins - 1 ? (size_t) below : n_bins - 1] += weight[j];
+        }
+    }
+    double have = 0.0;
+    for (int32_t bin = 0; bin < n_bins - 1; ++bin) {
+        have += mass[bin];
+        if (have >= target) {
             return max_ - (float) (bin + 2) / bins_per_1;
         }
     }

@@ -22,6 +22,12 @@ struct TokenList {
         ids.resize(n);
         logits.resize(n);
     }
+    // Drops the last entries that equal `logit`.
+    void drop_tail(float logit) {
+        while (!empty() && logits.back() == logit) {
+            resize(size() - 1);
+        }
+    }
     void push(int32_t id, float logit) {
         ids.push_back(id);
         logits.push_back(logit);
@@ -66,6 +72,9 @@ public:
     void top(int32_t k, TokenList & out);
     // All of at least `bound`, by id.
     void at_least(float bound, TokenList & out);
+
+    // A bound such that the weights exp((logit - max) * scale) of those it lets in reach `target`.
+    float bound_by_mass(double target, float scale);
 
     // Sum of exp((logit - max) * scale), and the first id at which the sum, taken by id, reaches
     // `target`. `find` needs the latest sum_exp with the same scale and no edit in between.

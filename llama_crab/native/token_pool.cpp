@@ -256,13 +256,9 @@ TokenPool::Choice TokenPool::draw(double u) {
         return weights_.size();
     };
     if (whole_) {
-        const float max = row_->max();
         sum = row_->sum_exp(scale_);
         size_t at = 0;
-        take_descending(*row_, [&] {
-            weights_.resize(list_.size());
-            kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_,
-                           weights_.data());
+        take_mass(u * sum, [&] {
             at = find();
             return at < weights_.size();
         });

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "logits_row.h"
+#include "row_kernels.h"
 
 namespace llama_crab {
 
@@ -38,6 +39,7 @@ public:
     void temp_ext(float t, float delta, float exponent);
     void top_k(int32_t k);
     void top_p(float p, size_t min_keep);
+    void top_p_min_p(float top, float min);  // one after the other, both with min_keep <= 1
     void min_p(float p, size_t min_keep);
     void typical(float p, size_t min_keep);
     void top_n_sigma(float n);
@@ -81,7 +83,8 @@ private:
     void   truncate(size_t n);
     void   keep_nearest(float max, double centre, double target, size_t min_keep);
     void   keep_single(int32_t id, float logit);
-    template <typename Enough> void take_descending(LogitsRow & row, Enough enough);
+    template <typename Enough> void take_mass(double target, Enough enough);
+    template <typename Enough> void take_nearest(Enough enough);
     void   use_scratch();
 
     LogitsRow *           row_   = nullptr;
@@ -136,17 +139,26 @@ void TokenPool::adjust(const std::vector<std::pair<int32_t, float>> & amounts, b
     }
 }
 
-// Fills the list with the row's best tokens, in ever larger portions, until `enough()` says so.
+// Fills the list with the row's best tokens, weighed, until their weights reach `target`.
 // Logits are the row's.
-template <typename Enough>
-void TokenPool::take_descending(LogitsRow & row, Enough enough) {
-    for (int64_t k = 64;; k *= 8) {
-        const int32_t wanted = (int32_t) std::min<int64_t>(k, row.n());
-        row.top(wanted, list_);
-        while (!list_.empty() && list_.logits.back() == -std::numeric_limits<float>::infinity()) {
-            list_.resize(list_.size() - 1);
+template <typename Enough> void TokenPool::take_mass(double target, Enough enough) {
+    const auto weigh_row = [&] {
+        weights_.resize(list_.size());
+        kernels().exps(list_.logits.data(), (int32_t) list_.size(), row_->max(), scale_,
+                       weights_.data());
+        return enough();
+    };
+    for (int32_t k : {64, 512}) {
+        row_->top(k, list_);
+        list_.drop_tail(-std::numeric_limits<float>::infinity());
+        if (weigh_row() || (int32_t) list_.size() < k) {
+            return;
         }
-        if (enough() || (int32_t) list_.size() < wanted || wanted == row.n()) {
+    }
+    for (float bound : {row_->bound_by_mass(target, scale_), -std::numeric_limits<float>::max()}) {
+        row_->at_least(std::max(bound, -std::numeric_limits<float>::max()), list_);
+        sorter_.sort(list_);
+        if (weigh_row()) {
             return;
         }
     }

@@ -1,6 +1,7 @@
 #include "token_pool.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -49,14 +50,8 @@ void TokenPool::top_p(float p, size_t min_keep) {
     };
     const size_t n = size();
     if (whole_) {
-        const float  max    = row_->max();
         const double target = p * row_->sum_exp(scale_);
-        take_descending(*row_, [&] {
-            weights_.resize(list_.size());
-            kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_,
-                           weights_.data());
-            return reached(target);
-        });
+        take_mass(target, [&] { return reached(target); });
         dead_ = n - list_.size();
         scale_list();
         sorted_ = true;
@@ -65,6 +60,27 @@ void TokenPool::top_p(float p, size_t min_keep) {
         reached(p * weigh());
     }
     truncate(kept > 0 ? kept : std::max(list_.size(), std::min(min_keep, n)));
+}
+
+// Both keep the beginning of the descending order, so only what min_p keeps needs an order.
+void TokenPool::top_p_min_p(float top, float min) {
+    if (!whole_ || top >= 1.0f || min <= 0.0f) {
+        top_p(top, 1);
+        min_p(min, 1);
+        return;
+    }
+    const double target = top * row_->sum_exp(scale_);
+    min_p(min, 1);
+    sort();
+    weigh();
+    double run = 0.0;
+    for (size_t i = 0; i < weights_.size(); ++i) {
+        run += weights_[i];
+        if (run >= target) {
+            truncate(i + 1);
+            return;
+        }
+    }
 }
 
 void TokenPool::min_p(float p, size_t min_keep) {
@@ -111,6 +127,18 @@ void TokenPool::min_p(float p, size_t min_keep) {
     }
 }
 
+// Fills the list with the best of the scores, in ever larger portions, until `enough()` says so.
+template <typename Enough> void TokenPool::take_nearest(Enough enough) {
+    for (int64_t k = 64;; k *= 8) {
+        const int32_t wanted = (int32_t) std::min<int64_t>(k, score_row_.n());
+        score_row_.top(wanted, list_);
+        list_.drop_tail(minus_infinity);
+        if (enough() || (int32_t) list_.size() < wanted || wanted == score_row_.n()) {
+            return;
+        }
+    }
+}
+
 void TokenPool::typical(float p, size_t min_keep) {
     if (p >= 1.0f) {
         return;
@@ -131,7 +159,7 @@ void TokenPool::typical(float p, size_t min_keep) {
     kernels().closeness(row_->data(), row_->n(), (float) (max + dot / sum / scale_), scale_,
                         scores_.data());
     score_row_.open(scores_.data(), row_->n());
-    take_descending(score_row_, [&] {
+    take_nearest([&] {
         double run = 0.0;
         for (size_t i = 0; i < list_.size(); ++i) {
             run += std::exp((row_->data()[list_.ids[i]] - max) * scale_);
@@ -229,14 +257,8 @@ void TokenPool::exclude_top(float t, size_t min_keep) {
         return n_above < weights_.size();
     };
     if (whole_ && t > 0.0f) {
-        const float  max = row_->max();
         const double sum = row_->sum_exp(scale_);
-        take_descending(*row_, [&] {
-            weights_.resize(list_.size());
-            kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_,
-                           weights_.data());
-            return count_above(sum);
-        });
+        take_mass(sum, [&] { return count_above(sum); });
         sorted_ = true;
         if (n_above > 1 && n - (n_above - 1) >= min_keep) {
             for (size_t i = 0; i + 1 < n_above; ++i) {
