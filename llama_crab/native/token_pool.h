@@ -84,7 +84,7 @@ private:
     void   keep_nearest(float max, double centre, double target, size_t min_keep);
     void   keep_single(int32_t id, float logit);
     template <typename Enough> void take_mass(double target, Enough enough);
-    template <typename Enough> void take_nearest(Enough enough);
+    size_t count_to(double target, size_t min_keep, bool beyond) const;
     void   use_scratch();
 
     LogitsRow *           row_   = nullptr;
@@ -97,8 +97,6 @@ private:
     TokenList             list_;
     std::vector<float>    weights_;
     std::vector<float>    scratch_, scores_;
-    std::vector<double>   distance_;
-    std::vector<uint32_t> order_;
     TokenList             spare_;
     LogitsRow             scratch_row_, score_row_;
     std::vector<std::pair<int32_t, float>> amounts_;

@@ -4,7 +4,6 @@
 #include <cfloat>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "row_kernels.h"
 
@@ -32,32 +31,34 @@ void TokenPool::top_k(int32_t k) {
     }
 }
 
+// How many of the list's first tokens it takes for their weights to reach `target`, or to exceed it
+// when `beyond`; at least `min_keep`, 0 when there are too few.
+size_t TokenPool::count_to(double target, size_t min_keep, bool beyond) const {
+    double run = 0.0;
+    for (size_t i = 0; i < weights_.size(); ++i) {
+        run += weights_[i];
+        if ((beyond ? run > target : run >= target) && i + 1 >= min_keep) {
+            return i + 1;
+        }
+    }
+    return 0;
+}
+
 void TokenPool::top_p(float p, size_t min_keep) {
     if (p >= 1.0f) {
         return;
     }
     size_t kept = 0;
-    const auto reached = [&](double target) {
-        double run = 0.0;
-        for (size_t i = 0; i < weights_.size(); ++i) {
-            run += weights_[i];
-            if (run >= target && i + 1 >= min_keep) {
-                kept = i + 1;
-                return true;
-            }
-        }
-        return false;
-    };
     const size_t n = size();
     if (whole_) {
         const double target = p * row_->sum_exp(scale_);
-        take_mass(target, [&] { return reached(target); });
+        take_mass(target, [&] { return (kept = count_to(target, min_keep, false)) > 0; });
         dead_ = n - list_.size();
         scale_list();
         sorted_ = true;
     } else {
         sort();
-        reached(p * weigh());
+        kept = count_to(p * weigh(), min_keep, false);
     }
     truncate(kept > 0 ? kept : std::max(list_.size(), std::min(min_keep, n)));
 }
@@ -73,13 +74,9 @@ void TokenPool::top_p_min_p(float top, float min) {
     min_p(min, 1);
     sort();
     weigh();
-    double run = 0.0;
-    for (size_t i = 0; i < weights_.size(); ++i) {
-        run += weights_[i];
-        if (run >= target) {
-            truncate(i + 1);
-            return;
-        }
+    const size_t kept = count_to(target, 1, false);
+    if (kept > 0) {
+        truncate(kept);
     }
 }
 
@@ -127,18 +124,6 @@ void TokenPool::min_p(float p, size_t min_keep) {
     }
 }
 
-// Fills the list with the best of the scores, in ever larger portions, until `enough()` says so.
-template <typename Enough> void TokenPool::take_nearest(Enough enough) {
-    for (int64_t k = 64;; k *= 8) {
-        const int32_t wanted = (int32_t) std::min<int64_t>(k, score_row_.n());
-        score_row_.top(wanted, list_);
-        list_.drop_tail(minus_infinity);
-        if (enough() || (int32_t) list_.size() < wanted || wanted == score_row_.n()) {
-            return;
-        }
-    }
-}
-
 void TokenPool::typical(float p, size_t min_keep) {
     if (p >= 1.0f) {
         return;
@@ -159,19 +144,20 @@ void TokenPool::typical(float p, size_t min_keep) {
     kernels().closeness(row_->data(), row_->n(), (float) (max + dot / sum / scale_), scale_,
                         scores_.data());
     score_row_.open(scores_.data(), row_->n());
-    take_nearest([&] {
-        double run = 0.0;
+    // The nearest by a rounded score, some more than enough; then exactly.
+    for (int32_t k : {64, 512, 4096, score_row_.n()}) {
+        score_row_.top(k, list_);
+        list_.drop_tail(minus_infinity);
         for (size_t i = 0; i < list_.size(); ++i) {
-            run += std::exp((row_->data()[list_.ids[i]] - max) * scale_);
-            if (run > p * sum && i + 1 >= min_keep) {
-                list_.resize(std::min(list_.size(), i + 64));  // some more, for rounded scores
-                return true;
-            }
+            list_.logits[i] = row_->data()[list_.ids[i]];
         }
-        return false;
-    });
-    for (size_t i = 0; i < list_.size(); ++i) {
-        list_.logits[i] = row_->data()[list_.ids[i]];
+        weights_.resize(list_.size());
+        kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_, weights_.data());
+        const size_t kept = count_to(p * sum, min_keep, true);
+        if (kept > 0) {
+            list_.resize(std::min(list_.size(), kept + 64));
+            break;
+        }
     }
     dead_ = n - list_.size();
     scale_list();
@@ -182,28 +168,38 @@ void TokenPool::typical(float p, size_t min_keep) {
 // Of a sorted list, keeps those whose logit - max is nearest `centre`, nearest first, until their
 // weights exceed `target`.
 void TokenPool::keep_nearest(float max, double centre, double target, size_t min_keep) {
+    const auto distance = [&](int32_t i) {
+        return std::fabs((double) (list_.logits[(size_t) i] - max) - centre);
+    };
     const size_t n = list_.size();
-    order_.resize(n);
-    distance_.resize(n);
-    std::iota(order_.begin(), order_.end(), 0);
+    spare_.resize(n);
     for (size_t i = 0; i < n; ++i) {
-        distance_[i] = std::fabs((double) (list_.logits[i] - max) - centre);
+        spare_.ids[i]    = (int32_t) i;
+        spare_.logits[i] = (float) -distance((int32_t) i);
     }
-    std::sort(order_.begin(), order_.end(), [&](uint32_t a, uint32_t b) {
-        return distance_[a] < distance_[b] || (distance_[a] == distance_[b] && a < b);
-    });
-    spare_.clear();
-    double run = 0.0;
-    for (uint32_t i : order_) {
-        spare_.push(list_.ids[i], list_.logits[i]);
-        run += std::exp((double) (list_.logits[i] - max));
-        if (run > target && spare_.size() >= min_keep) {
-            break;
+    sorter_.sort(spare_);
+    // Rounded distances put neighbours in the wrong order at times.
+    for (size_t i = 1; i < n; ++i) {
+        for (size_t j = i; j > 0; --j) {
+            const int32_t a = spare_.ids[j - 1], b = spare_.ids[j];
+            const double  da = distance(a), db = distance(b);
+            if (da < db || (da == db && a < b)) {
+                break;
+            }
+            std::swap(spare_.ids[j - 1], spare_.ids[j]);
         }
     }
+    for (size_t i = 0; i < n; ++i) {
+        const size_t from = (size_t) spare_.ids[i];
+        spare_.ids[i]    = list_.ids[from];
+        spare_.logits[i] = list_.logits[from];
+    }
     std::swap(list_, spare_);
+    weights_.resize(n);
+    kernels().exps(list_.logits.data(), (int32_t) n, max, 1.0f, weights_.data());
+    const size_t kept = count_to(target, min_keep, true);
     sorted_ = false;
-    dead_   = min_keep > list_.size() ? std::min(dead_, min_keep - list_.size()) : 0;
+    truncate(kept > 0 ? kept : std::max(n, min_keep));
 }
 
 void TokenPool::top_n_sigma(float n) {
