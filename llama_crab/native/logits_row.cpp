@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <utility>
 
@@ -13,6 +14,8 @@ namespace llama_crab {
 namespace {
 
 constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+constexpr float bins_per_1     = 64.0f;
+constexpr int32_t n_bins       = 2048;
 
 // A larger logit gives a smaller key; equal logits, -0 and +0 too, compare by id.
 uint64_t key_of(float logit, int32_t id) {
@@ -216,37 +219,58 @@ float LogitsRow::bound_by_tiles(int32_t k) {
     return bound;
 }
 
-// A bound that at least k logits reach, and few more.
-float LogitsRow::bound_by_histogram(int32_t k) {
-    constexpr int32_t n_bins     = 2048;
-    constexpr float   bins_per_1 = 64.0f;
+// Bins of width 1/64 below the maximum; the last one takes the rest.
+int32_t LogitsRow::bin_of_rank(int32_t k, int32_t & n_above) {
     histogram_.assign(n_bins, 0);
     for (int32_t id = 0; id < n_; ++id) {
-        const float below = (max_ - data_[id]) * bins_per_1;
-        ++histogram_[below < n_bins - 1 ? (size_t) below : n_bins - 1];
+        ++histogram_[(size_t) bin_of(data_[id])];
     }
-    int32_t have = 0;
-    for (int32_t bin = 0; bin < n_bins - 1; ++bin) {
-        have += histogram_[(size_t) bin];
-        if (have >= k) {
-            // One bin lower than needed: the subtraction rounds.
-            return max_ - (float) (bin + 2) / bins_per_1;
+    n_above = 0;
+    int32_t bin = 0;
+    while (bin < n_bins - 1 && n_above + histogram_[(size_t) bin] < k) {
+        n_above += histogram_[(size_t) bin++];
+    }
+    return bin;
+}
+
+int32_t LogitsRow::bin_of(float logit) const {
+    const float below = (max_ - logit) * bins_per_1;
+    return below < (float) (n_bins - 1) ? (int32_t) below : n_bins - 1;
+}
+
+// A bound that at least k logits reach, and few more.
+float LogitsRow::bound_by_histogram(int32_t k) {
+    int32_t       n_above = 0;
+    const int32_t bin     = bin_of_rank(k, n_above);
+    // One bin lower than needed: the subtraction rounds.
+    return bin == n_bins - 1 ? minus_infinity : max_ - (float) (bin + 2) / bins_per_1;
+}
+
+float LogitsRow::kth(int32_t k) {
+    refresh();
+    int32_t       n_above = 0;
+    const int32_t bin     = bin_of_rank(k, n_above);
+    bin_.clear();
+    for (int32_t id = 0; id < n_; ++id) {
+        if (bin_of(data_[id]) == bin) {
+            bin_.push_back(data_[id]);
         }
     }
-    return minus_infinity;
+    const auto at = bin_.begin() + (k - n_above - 1);
+    std::nth_element(bin_.begin(), at, bin_.end(), std::greater<float>());
+    return *at;
 }
 
 // As bound_by_histogram, for a sum of weights instead of a number of logits.
 float LogitsRow::bound_by_mass(double target, float scale) {
-    constexpr int32_t n_bins = 2048;
-    const float       bins_per_1 = 64.0f * scale;
+    const float       bins_scaled = bins_per_1 * scale;
     double            mass[n_bins] = {};
     float             weight[block_len];
     for (int32_t begin = 0; begin < n_; begin += block_len) {
         const int32_t count = std::min(block_len, n_ - begin);
         kernels().exps(data_ + begin, count, max(), scale, weight);
         for (int32_t j = 0; j < count; ++j) {
-            const float below = (max_ - data_[begin + j]) * bins_per_1;
+            const float below = (max_ - data_[begin + j]) * bins_scaled;
             mass[below < n_bins - 1 ? (size_t) below : n_bins - 1] += weight[j];
         }
     }
@@ -254,7 +278,7 @@ float LogitsRow::bound_by_mass(double target, float scale) {
     for (int32_t bin = 0; bin < n_bins - 1; ++bin) {
         have += mass[bin];
         if (have >= target) {
-            return max_ - (float) (bin + 2) / bins_per_1;
+            return max_ - (float) (bin + 2) / bins_scaled;
         }
     }
     return minus_infinity;

@@ -70,6 +70,8 @@ public:
     int32_t argmax();  // the smallest id with the maximum
     // The k best, descending, ties by smaller id.
     void top(int32_t k, TokenList & out);
+    // The logit of rank k (1: the maximum).
+    float kth(int32_t k);
     // All of at least `bound`, by id.
     void at_least(float bound, TokenList & out);
 
@@ -89,6 +91,8 @@ private:
     void  refresh();  // tile maxima and maximum after edits
     float bound_by_tiles(int32_t k);
     float bound_by_histogram(int32_t k);
+    int32_t bin_of_rank(int32_t k, int32_t & n_above);
+    int32_t bin_of(float logit) const;
 
     float *                                data_ = nullptr;
     int32_t                                n_    = 0;
@@ -98,6 +102,7 @@ private:
     // Written before it is known how much counts.
     std::unique_ptr<int32_t[]>             hit_tiles_, found_ids_;
     std::unique_ptr<float[]>               found_;
+    std::vector<float>                     bin_;
     std::vector<double>                    blocks_;
     std::vector<std::pair<int32_t, float>> replaced_;
     std::vector<int32_t>                   dirty_tiles_, histogram_;

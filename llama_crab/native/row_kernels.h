@@ -29,6 +29,8 @@ struct RowKernels {
 
     // With x = (row - max) * scale <= 0: sums of exp(x), per block and in all.
     double (*sum_exp)(const float * row, int32_t n, float max, float scale, double * blocks);
+    // The sum over the values >= bound.
+    double (*sum_exp_above)(const float * row, int32_t n, float max, float scale, float bound);
     // exp(x), 0 where x is below the range of normal floats.
     void (*exps)(const float * row, int32_t n, float max, float scale, float * out);
     // Sums of exp(x) and of exp(x) * x.

@@ -23,6 +23,7 @@ void TokenPool::open(LogitsRow & row) {
     removed_ = 0;
     dead_    = 0;
     scale_   = 1.0f;
+    floor_   = -FLT_MAX;
     divisors_.clear();
 }
 
@@ -95,10 +96,9 @@ void TokenPool::to_list() {
         return;
     }
     const size_t n = size();
+    row_->at_least(floor_, list_);
     if (sorted_) {
-        row_->top(row_->n(), list_);
-    } else {
-        row_->at_least(-FLT_MAX, list_);
+        sorter_.sort(list_);
     }
     dead_ = n - list_.size();
     scale_list();
@@ -256,7 +256,7 @@ TokenPool::Choice TokenPool::draw(double u) {
         return weights_.size();
     };
     if (whole_) {
-        sum = row_->sum_exp(scale_);
+        sum = kernels().sum_exp_above(row_->data(), row_->n(), row_->max(), scale_, floor_);
         size_t at = 0;
         take_mass(u * sum, [&] {
             at = find();

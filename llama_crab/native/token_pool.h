@@ -94,6 +94,7 @@ private:
     size_t                dead_ = 0;     // of a list
     std::vector<float>    divisors_;     // pending temperatures of a whole row
     float                 scale_ = 1.0f;
+    float                 floor_ = 0.0f;  // of a whole row: what is below was cut by mirostat
     TokenList             list_;
     std::vector<float>    weights_;
     std::vector<float>    scratch_, scores_;

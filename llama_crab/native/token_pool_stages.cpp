@@ -11,7 +11,8 @@ namespace llama_crab {
 
 namespace {
 
-constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+constexpr float   minus_infinity = -std::numeric_limits<float>::infinity();
+constexpr int32_t most_to_sort   = 1024;
 
 }  // namespace
 
@@ -20,7 +21,9 @@ void TokenPool::top_k(int32_t k) {
         return;
     }
     const size_t kept = std::min((size_t) k, size());
-    if (whole_) {
+    if (whole_ && kept == size()) {
+        sorted_ = true;
+    } else if (whole_) {
         row_->top((int32_t) kept, list_);
         dead_ = 0;
         scale_list();
@@ -306,7 +309,14 @@ void TokenPool::mirostat(float mu, int32_t n_vocab, int32_t m) {
                                  (1.0f - std::pow((float) n_vocab, -epsilon)),
                              1.0f / s);
     // What does not fit an int becomes INT_MIN on x86, and so 1.
-    top_k(k >= 1.0f && k < 2147483648.0f ? (int32_t) k : 1);
+    const int32_t kept = k >= 1.0f && k < 2147483648.0f ? (int32_t) k : 1;
+    if (whole_ && kept > most_to_sort && (size_t) kept < n) {
+        // mu grows while the text surprises less than wanted. A draw needs the best ones only.
+        floor_  = std::max(row_->kth(kept), -FLT_MAX);
+        sorted_ = true;
+        return;
+    }
+    top_k(kept);
 }
 
 void TokenPool::mirostat_v2(float mu) {
@@ -323,7 +333,14 @@ void TokenPool::mirostat_v2(float mu) {
         const double sum   = row_->sum_exp(scale_);
         const double reach = (mu * 0.6931471805599453 - std::log(sum)) / scale_;
         // Below a surprise of mu, or a little more, then exactly.
-        row_->at_least((float) (max - std::max(0.0, reach) - 1e-5 * (std::fabs(max) + std::fabs(reach))), list_);
+        const float bound =
+            (float) (max - std::max(0.0, reach) - 1e-5 * (std::fabs(max) + std::fabs(reach)));
+        if (kernels().count_at_least(row_->data(), row_->n(), bound) > most_to_sort) {
+            floor_  = std::max((float) (max - reach), -FLT_MAX);
+            sorted_ = true;
+            return;
+        }
+        row_->at_least(bound, list_);
         sorter_.sort(list_);
         weights_.resize(list_.size());
         kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_, weights_.data());
