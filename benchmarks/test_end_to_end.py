@@ -12,7 +12,7 @@ from side_by_side import GPU_LAYERS, N_THREADS, Native, spread
 
 from llama_crab import Llama, SamplerChain
 
-ROUNDS = 7
+ROUNDS = 15
 N_GEN = 128
 
 # An object with strings, integers, an enumeration and arrays, as a JSON schema becomes one.

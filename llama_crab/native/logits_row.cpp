@@ -177,6 +177,11 @@ void LogitsRow::at_least(float bound, TokenList & out) {
     out.logits.assign(found_.get(), found_.get() + m);
 }
 
+int32_t LogitsRow::n_tiles_at_least(float bound) {
+    refresh();
+    return kernels().count_at_least(tiles_.data(), (int32_t) tiles_.size(), bound);
+}
+
 void LogitsRow::top(int32_t k, TokenList & out) {
     refresh();
     k = std::min(k, n_);
@@ -193,9 +198,6 @@ void LogitsRow::top(int32_t k, TokenList & out) {
 // A bound that at least k tile maxima reach, so k logits too, and few more: found by counting,
 // which has no branch to mispredict.
 float LogitsRow::bound_by_tiles(int32_t k) {
-    const auto count = [&](float bound) {
-        return kernels().count_at_least(tiles_.data(), (int32_t) tiles_.size(), bound);
-    };
     float   above = max_, bound = max_;
     int32_t n     = 0;
     for (float step = 4.0f; n < k; step *= 4.0f) {
@@ -204,11 +206,11 @@ float LogitsRow::bound_by_tiles(int32_t k) {
         if (!std::isfinite(bound)) {
             return minus_infinity;
         }
-        n = count(bound);
+        n = n_tiles_at_least(bound);
     }
     for (int32_t i = 0; i < 16 && n > k + k / 4; ++i) {
         const float   middle   = bound + (above - bound) / 2.0f;
-        const int32_t n_middle = count(middle);
+        const int32_t n_middle = n_tiles_at_least(middle);
         if (n_middle >= k) {
             bound = middle;
             n     = n_middle;

@@ -72,8 +72,9 @@ public:
     void top(int32_t k, TokenList & out);
     // The logit of rank k (1: the maximum).
     float kth(int32_t k);
-    // All of at least `bound`, by id.
+    // All of at least `bound`, by id; and how many tiles have one.
     void at_least(float bound, TokenList & out);
+    int32_t n_tiles_at_least(float bound);
 
     // A bound such that the weights exp((logit - max) * scale) of those it lets in reach `target`.
     float bound_by_mass(double target, float scale);

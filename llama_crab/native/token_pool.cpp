@@ -256,7 +256,7 @@ TokenPool::Choice TokenPool::draw(double u) {
         return weights_.size();
     };
     if (whole_) {
-        sum = kernels().sum_exp_above(row_->data(), row_->n(), row_->max(), scale_, floor_);
+        sum = floor_ > -FLT_MAX ? floor_sum_ : row_->sum_exp(scale_);
         size_t at = 0;
         take_mass(u * sum, [&] {
             at = find();

@@ -84,6 +84,7 @@ private:
     void   keep_nearest(float max, double centre, double target, size_t min_keep);
     void   keep_single(int32_t id, float logit);
     template <typename Enough> void take_mass(double target, Enough enough);
+    void   keep_from(float bound, double sum);
     size_t count_to(double target, size_t min_keep, bool beyond) const;
     void   use_scratch();
 
@@ -94,7 +95,8 @@ private:
     size_t                dead_ = 0;     // of a list
     std::vector<float>    divisors_;     // pending temperatures of a whole row
     float                 scale_ = 1.0f;
-    float                 floor_ = 0.0f;  // of a whole row: what is below was cut by mirostat
+    float                 floor_ = 0.0f;  // of a whole row: what is below was cut by mirostat,
+    double                floor_sum_ = 0.0;  // the sum of the weights that were not
     TokenList             list_;
     std::vector<float>    weights_;
     std::vector<float>    scratch_, scores_;

@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "row_kernels.h"
 
@@ -12,7 +13,7 @@ namespace llama_crab {
 namespace {
 
 constexpr float   minus_infinity = -std::numeric_limits<float>::infinity();
-constexpr int32_t most_to_sort   = 1024;
+constexpr size_t most_to_sort   = 1024;
 
 }  // namespace
 
@@ -281,6 +282,14 @@ void TokenPool::exclude_top(float t, size_t min_keep) {
     }
 }
 
+// Keeps what is at least `bound` without making a list of it: mu grows while the text surprises less
+// than wanted, and lets nearly all in, but a draw needs the best ones only.
+void TokenPool::keep_from(float bound, double sum) {
+    floor_     = std::max(bound, -FLT_MAX);
+    floor_sum_ = sum;
+    sorted_    = true;
+}
+
 void TokenPool::mirostat(float mu, int32_t n_vocab, int32_t m) {
     const size_t n = size();
     if (whole_) {
@@ -310,10 +319,10 @@ void TokenPool::mirostat(float mu, int32_t n_vocab, int32_t m) {
                              1.0f / s);
     // What does not fit an int becomes INT_MIN on x86, and so 1.
     const int32_t kept = k >= 1.0f && k < 2147483648.0f ? (int32_t) k : 1;
-    if (whole_ && kept > most_to_sort && (size_t) kept < n) {
-        // mu grows while the text surprises less than wanted. A draw needs the best ones only.
-        floor_  = std::max(row_->kth(kept), -FLT_MAX);
-        sorted_ = true;
+    if (whole_ && (size_t) kept > most_to_sort && (size_t) kept < n) {
+        const float bound = row_->kth(kept);
+        keep_from(bound, kernels().sum_exp_above(row_->data(), row_->n(), row_->max(), scale_,
+                                                 bound));
         return;
     }
     top_k(kept);
@@ -332,15 +341,20 @@ void TokenPool::mirostat_v2(float mu) {
         const float  max   = row_->max();
         const double sum   = row_->sum_exp(scale_);
         const double reach = (mu * 0.6931471805599453 - std::log(sum)) / scale_;
-        // Below a surprise of mu, or a little more, then exactly.
-        const float bound =
-            (float) (max - std::max(0.0, reach) - 1e-5 * (std::fabs(max) + std::fabs(reach)));
-        if (kernels().count_at_least(row_->data(), row_->n(), bound) > most_to_sort) {
-            floor_  = std::max((float) (max - reach), -FLT_MAX);
-            sorted_ = true;
+        const float  bound = (float) (max - std::max(0.0, reach));
+        if (row_->n() * std::exp2(-mu) < 0x1p-24f && row_->n_tiles_at_least(bound) > 1) {
+            keep_from(bound, sum);  // what is cut weighs nothing beside the rest
             return;
         }
-        row_->at_least(bound, list_);
+        // A little more, then exactly.
+        row_->at_least((float) (bound - 1e-5 * (std::fabs(max) + std::fabs(reach))), list_);
+        if (list_.size() > most_to_sort) {
+            weights_.resize(list_.size());
+            kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_,
+                           weights_.data());
+            keep_from(bound, std::accumulate(weights_.begin(), weights_.end(), 0.0));
+            return;
+        }
         sorter_.sort(list_);
         weights_.resize(list_.size());
         kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_, weights_.data());
