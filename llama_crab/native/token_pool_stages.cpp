@@ -4,7 +4,6 @@
 #include <cfloat>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "row_kernels.h"
 
@@ -13,7 +12,7 @@ namespace llama_crab {
 namespace {
 
 constexpr float   minus_infinity = -std::numeric_limits<float>::infinity();
-constexpr size_t most_to_sort   = 1024;
+constexpr int32_t most_to_sort   = 512;
 
 }  // namespace
 
@@ -319,7 +318,7 @@ void TokenPool::mirostat(float mu, int32_t n_vocab, int32_t m) {
                              1.0f / s);
     // What does not fit an int becomes INT_MIN on x86, and so 1.
     const int32_t kept = k >= 1.0f && k < 2147483648.0f ? (int32_t) k : 1;
-    if (whole_ && (size_t) kept > most_to_sort && (size_t) kept < n) {
+    if (whole_ && kept > most_to_sort && (size_t) kept < n) {
         const float bound = row_->kth(kept);
         keep_from(bound, kernels().sum_exp_above(row_->data(), row_->n(), row_->max(), scale_,
                                                  bound));
@@ -342,19 +341,17 @@ void TokenPool::mirostat_v2(float mu) {
         const double sum   = row_->sum_exp(scale_);
         const double reach = (mu * 0.6931471805599453 - std::log(sum)) / scale_;
         const float  bound = (float) (max - std::max(0.0, reach));
-        if (row_->n() * std::exp2(-mu) < 0x1p-24f && row_->n_tiles_at_least(bound) > 1) {
-            keep_from(bound, sum);  // what is cut weighs nothing beside the rest
+        // What is cut weighs less than n * 2^-mu: where that is nothing, the sum is known.
+        const bool    cuts_nothing = row_->n() * std::exp2(-mu) < 1e-6f;
+        const int32_t n_tiles      = row_->n_tiles_at_least(bound);
+        if (n_tiles > most_to_sort || (cuts_nothing && n_tiles > 1)) {
+            keep_from(bound, cuts_nothing ? sum
+                                          : kernels().sum_exp_above(row_->data(), row_->n(), max,
+                                                                    scale_, bound));
             return;
         }
         // A little more, then exactly.
         row_->at_least((float) (bound - 1e-5 * (std::fabs(max) + std::fabs(reach))), list_);
-        if (list_.size() > most_to_sort) {
-            weights_.resize(list_.size());
-            kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_,
-                           weights_.data());
-            keep_from(bound, std::accumulate(weights_.begin(), weights_.end(), 0.0));
-            return;
-        }
         sorter_.sort(list_);
         weights_.resize(list_.size());
         kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_, weights_.data());
