@@ -59,7 +59,7 @@ def test_chain(
     name: str,
     n_vocab: int,
 ) -> None:
-    """Microseconds per token: the least, and the middle ratio of turns taken one after the other."""
+    """Microseconds per token: the least, and the median ratio of turns side by side."""
     rows = real_rows if n_vocab == real_rows.shape[1] else resized(real_rows, n_vocab)
     history = np.random.default_rng(0).integers(0, 32_000, 128)
     samplers = [
