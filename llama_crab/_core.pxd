@@ -82,6 +82,8 @@ cdef class Sampler:
     cdef Sampler _parent                # strong: the chain that owns this stage
     cdef list _stages                   # strong: Python faces of a chain's stages; None if no chain
     cdef nat.ReferenceSampler _c_chain  # the same as a RowSampler, with its reused candidate buffer
+    cdef nat.LogitsRow _c_row           # reused by rows that the caller brings
+    cdef vector[float] _data            # copy of such a row
 
     cdef lib.llama_sampler *_require_open(self) except NULL
 
@@ -91,6 +93,8 @@ cdef class FusedSampler:
     cdef int _generation
     cdef Model _model
     cdef readonly tuple stages          # (name, params) of each stage
+    cdef nat.LogitsRow _c_row           # reused by rows that the caller brings
+    cdef vector[float] _data            # copy of such a row
 
     cdef nat.FusedSampler *_require_open(self) except NULL
 

@@ -129,6 +129,7 @@ cdef extern from "native/row_kernels.h" namespace "llama_crab" nogil:
 
 cdef extern from "native/logits_row.h" namespace "llama_crab" nogil:
     cppclass LogitsRow:
+        LogitsRow() except +
         bool open(float *data, int32_t n) except +
         void undo() except +
 

@@ -199,10 +199,8 @@ cdef class FusedSampler:
         maximum or with a NaN, and when no candidate is left.
         """
         cdef nat.FusedSampler *sampler = self._require_open()
-        cdef nat.LogitsRow row
-        cdef vector[float] data
-        if _open_row(logits, data, row):
-            return _explain(sampler, row)
+        if _open_row(logits, self._data, self._c_row):
+            return _explain(sampler, self._c_row)
         raise errors.SamplerError(nat.BAD_ROW.decode())
 
     def select(self, logits):
@@ -211,14 +209,12 @@ cdef class FusedSampler:
         The input is not changed. Raises as `apply`.
         """
         cdef nat.FusedSampler *sampler = self._require_open()
-        cdef nat.LogitsRow row
-        cdef vector[float] data
-        cdef bint ok = _open_row(logits, data, row)
-        return _choose(sampler, row, ok)
+        cdef bint ok = _open_row(logits, self._data, self._c_row)
+        return _choose(sampler, self._c_row, ok)
 
     def sample(self, Context context not None, int32_t i=-1):
         """Sample from output row `i` of the last decode and accept the token; return its id.
 
         Do not accept it again. Raises IndexError and as `apply`.
         """
-        return _choose_from_context(self._require_open(), context, i)
+        return _choose_from_context(self._require_open(), self._c_row, context, i)

@@ -44,9 +44,9 @@ cdef int32_t _choose(nat.RowSampler *sampler, nat.LogitsRow& row, bint ok) excep
     return token
 
 
-cdef int32_t _choose_from_context(nat.RowSampler *sampler, Context context, int32_t i) except -1:
+cdef int32_t _choose_from_context(
+        nat.RowSampler *sampler, nat.LogitsRow& row, Context context, int32_t i) except -1:
     cdef nat.ContextHandle *handle = context._enter(False)
-    cdef nat.LogitsRow row
     cdef int32_t n_vocab = context._model.vocab.n_tokens
     cdef float *data
     cdef bint ok = False

@@ -196,11 +196,9 @@ cdef class Sampler:
         Returns ``(ids, logits, p, selected)``: the surviving candidates in their order as lists,
         and the selected id or None. The input is not changed. Wraps ``llama_sampler_apply``.
         """
-        cdef nat.LogitsRow row
-        cdef vector[float] data
         self._require_open()
-        _open_row(logits, data, row)
-        return _explain(&self._c_chain, row)
+        _open_row(logits, self._data, self._c_row)
+        return _explain(&self._c_chain, self._c_row)
 
     def select(self, logits):
         """Choose from a float32 buffer of logits, accept the token and return its id.
@@ -208,11 +206,9 @@ cdef class Sampler:
         The input is not changed. Raises `SamplerError` for a row without a finite maximum or with
         a NaN, and when nothing can be chosen. Wraps ``llama_sampler_apply``.
         """
-        cdef nat.LogitsRow row
-        cdef vector[float] data
         self._require_open()
-        cdef bint ok = _open_row(logits, data, row)
-        return _choose(&self._c_chain, row, ok)
+        cdef bint ok = _open_row(logits, self._data, self._c_row)
+        return _choose(&self._c_chain, self._c_row, ok)
 
     def sample(self, Context context not None, int32_t i=-1):
         """Sample from output row `i` of the last decode and accept the token; return its id.
@@ -221,7 +217,7 @@ cdef class Sampler:
         Wraps ``llama_sampler_sample``.
         """
         self._require_open()
-        return _choose_from_context(&self._c_chain, context, i)
+        return _choose_from_context(&self._c_chain, self._c_row, context, i)
 
     @staticmethod
     def greedy():

@@ -66,6 +66,7 @@ TokenList & TokenPool::as_list() {
 }
 
 void TokenPool::set_list(bool sorted) {
+    dead_ = 0;
     drop_dead();
     sorted_ = sorted;
 }

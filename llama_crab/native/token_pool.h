@@ -66,7 +66,7 @@ public:
 
     // As a list, to be looked at or changed by somebody else.
     TokenList &                as_list();
-    void                       set_list(bool sorted);  // after it was changed
+    void                       set_list(bool sorted);  // after it was changed; it has the dead too
     bool                       sorted() const { return sorted_; }
     size_t                     n_dead() const { return dead_; }
     // Of a list: its weights exp(logit - max), whose sum is returned.
