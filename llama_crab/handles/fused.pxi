@@ -122,9 +122,9 @@ cdef class FusedSampler:
         with nogil:
             self._c_sampler = nat.new_fused_sampler(c_model, specs, grammar, status)
         if self._c_sampler == NULL:
-            raise _error(
-                errors.SamplerError if grammar.gbnf.empty() else errors.GrammarError, status, mark,
-                "cannot make the sampler")
+            if grammar.gbnf.empty():
+                raise _error(errors.SamplerError, status, mark, "cannot make the sampler")
+            raise _error(errors.GrammarError, status, mark, names[0])
         self._generation = nat.fork_generation
         self._model = model
         self.stages = tuple([(name, dict(params)) for name, params in stages])

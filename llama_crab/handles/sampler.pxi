@@ -385,5 +385,5 @@ cdef object _new_grammar(
         sampler = nat.new_grammar(
             vocab._c_vocab, grammar, root, lazy, patterns, tokens, status)
     if sampler == NULL:
-        raise _error(errors.GrammarError, status, mark, "the grammar does not parse")
+        raise _error(errors.GrammarError, status, mark, "grammar_lazy" if lazy else "grammar")
     return _new_vocab_sampler(sampler, vocab)
