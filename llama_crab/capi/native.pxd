@@ -249,8 +249,8 @@ cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
         int32_t reusable_prefix(int32_t i, const vector[int32_t]& tokens)
         int32_t assign(int32_t i, SlotRequest request, Status& status) except +
         void decode(int32_t n_tokens_max, Status& status) except +
-        vector[int32_t] slots_to_process() except +
-        void copy_rows(const vector[int32_t]& slots, float *rows) except +
+        const vector[int32_t]& slots_to_process() except +
+        void copy_rows(float *rows) except +
         void sample(Status& status) except +
         void discard_rows() except +
         void fail(int32_t i, const string& message) except +

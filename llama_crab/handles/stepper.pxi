@@ -200,7 +200,7 @@ cdef class Stepper:
         self._scratch = _scratch_for(
             self._scratch, slots.size(), self._context._model.vocab.n_tokens)
         with nogil:
-            stepper.copy_rows(slots, self._scratch._data.data())
+            stepper.copy_rows(self._scratch._data.data())
         try:
             for slot in process(slots, self._scratch):
                 self._require_slot(slot)

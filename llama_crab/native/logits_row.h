@@ -28,6 +28,18 @@ struct TokenList {
             resize(size() - 1);
         }
     }
+    // Keeps entries of at least `bound`, in their order; returns how many went.
+    size_t keep_at_least(float bound) {
+        const size_t n = size();
+        size_t       m = 0;
+        for (size_t i = 0; i < n; ++i) {
+            ids[m]    = ids[i];
+            logits[m] = logits[i];
+            m += logits[i] >= bound;
+        }
+        resize(m);
+        return n - m;
+    }
     void push(int32_t id, float logit) {
         ids.push_back(id);
         logits.push_back(logit);

@@ -188,8 +188,8 @@ void Stepper::decode(int32_t n_tokens_max, Status & status) {
     decode_us += llama_time_us() - begin_us;
 }
 
-std::vector<int32_t> Stepper::slots_to_process() const {
-    std::vector<int32_t> slots;
+const std::vector<int32_t> & Stepper::slots_to_process() {
+    processed_from_.clear();
     for (const Row & row : rows_) {
         if (row.target < (int32_t) slots_[(size_t) row.slot].tokens.size()) {
             continue;
@@ -198,25 +198,20 @@ std::vector<int32_t> Stepper::slots_to_process() const {
             const Slot & slot = slots_[(size_t) i];
             const bool uses_row = i == row.slot || (slot.active && slot.request.leader == row.slot);
             if (uses_row && slot.request.processed && slot.request.max_tokens != 0) {
-                slots.push_back(i);
+                processed_.push_back(i);
+                processed_from_.push_back(row.index);
             }
         }
     }
-    return slots;
+    return processed_;
 }
 
-void Stepper::copy_rows(const std::vector<int32_t> & slots, float * rows) {
-    processed_      = slots;
+void Stepper::copy_rows(float * rows) {
     processed_rows_ = rows;
-    for (int32_t i : slots) {
-        const int32_t leader = slots_[(size_t) i].request.leader;
-        for (const Row & row : rows_) {
-            if (row.slot == (leader >= 0 ? leader : i)) {
-                const float * logits = llama_get_logits_ith(context_->ctx, row.index);
-                if (logits != nullptr && row.target >= (int32_t) slots_[(size_t) row.slot].tokens.size()) {
-                    std::copy(logits, logits + n_vocab_, rows);
-                }
-            }
+    for (int32_t index : processed_from_) {
+        // Without logits `sample` ends the slot before it looks at the copy.
+        if (const float * logits = llama_get_logits_ith(context_->ctx, index)) {
+            std::copy(logits, logits + n_vocab_, rows);
         }
         rows += n_vocab_;
     }
@@ -295,12 +290,12 @@ void Stepper::sample_row(int32_t i) {
     }
     const int64_t begin_us = llama_time_us();
     choose(i);
-    slot.sample_us += llama_time_us() - begin_us;
     if (slot.active) {
         append_forced(i);
-        if (slot.active && slot.request.emit) {
-            tell(i);
-        }
+    }
+    slot.sample_us += llama_time_us() - begin_us;
+    if (slot.active && slot.request.emit) {
+        tell(i);
     }
 }
 

@@ -86,8 +86,8 @@ public:
     // that are to be processed by others, one for each of the slots it returns; `sample` chooses from
     // those copies and from the context's other rows. `events` then names the slots with news.
     void decode(int32_t n_tokens_max, Status & status);
-    std::vector<int32_t> slots_to_process() const;
-    void copy_rows(const std::vector<int32_t> & slots, float * rows);
+    const std::vector<int32_t> & slots_to_process();
+    void copy_rows(float * rows);
     void sample(Status & status);
 
     // Instead of `sample`: the rows count as not decoded, the next step decodes them again.
@@ -144,7 +144,8 @@ private:
     std::vector<Row>         rows_;
     std::vector<int32_t>     added_;      // tokens of this batch per slot
     std::vector<llama_token> eog_tokens_;
-    std::vector<int32_t>     processed_;       // slots that sample from `processed_rows_`
+    std::vector<int32_t>     processed_;       // slots that sample from `processed_rows_`,
+    std::vector<int32_t>     processed_from_;  // and the batch rows that those are copies of
     float *                  processed_rows_ = nullptr;
     std::vector<char>        piece_;
     LogitsRow                row_;           // the context's row under work

@@ -105,16 +105,7 @@ void TokenPool::to_list() {
     scale_list();
 }
 
-void TokenPool::drop_dead() {
-    size_t m = 0;
-    for (size_t i = 0; i < list_.size(); ++i) {
-        list_.ids[m]    = list_.ids[i];
-        list_.logits[m] = list_.logits[i];
-        m += list_.logits[i] > minus_infinity;
-    }
-    dead_ += list_.size() - m;
-    list_.resize(m);
-}
+void TokenPool::drop_dead() { dead_ += list_.keep_at_least(-FLT_MAX); }
 
 void TokenPool::sort() {
     if (!sorted_) {
@@ -129,11 +120,15 @@ void TokenPool::truncate(size_t n) {
     list_.resize(std::min(n, list_.size()));
 }
 
+void TokenPool::weigh_against(float max, float scale) {
+    weights_.resize(list_.size());
+    kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale, weights_.data());
+}
+
 double TokenPool::weigh() {
-    const int32_t n   = (int32_t) list_.size();
-    const float   max = sorted_ ? list_.logits[0] : kernels().max(list_.logits.data(), n);
-    weights_.resize((size_t) n);
-    kernels().exps(list_.logits.data(), n, max, 1.0f, weights_.data());
+    weigh_against(sorted_ ? list_.logits[0]
+                          : kernels().max(list_.logits.data(), (int32_t) list_.size()),
+                  1.0f);
     return std::accumulate(weights_.begin(), weights_.end(), 0.0);
 }
 
@@ -246,28 +241,16 @@ TokenPool::Choice TokenPool::draw(double u) {
         return {id, std::exp((double) ((row_->data()[id] - row_->max()) * scale_)) / sum};
     }
     double sum = 0.0;
-    const auto find = [&] {
-        double run = 0.0;
-        for (size_t i = 0; i < weights_.size(); ++i) {
-            run += weights_[i];
-            if (run >= u * sum) {
-                return i;
-            }
-        }
-        return weights_.size();
-    };
+    size_t n   = 0;  // tokens up to the drawn one
     if (whole_) {
         sum = floor_ > -FLT_MAX ? floor_sum_ : row_->sum_exp(scale_);
-        size_t at = 0;
-        take_mass(u * sum, [&] {
-            at = find();
-            return at < weights_.size();
-        });
-        at = std::min(at, list_.size() - 1);
-        return {list_.ids[at], weights_[at] / sum};
+        take_mass(u * sum, [&] { return (n = count_to(u * sum, 1, false)) > 0; });
+    } else {
+        sum = weigh();
+        n   = count_to(u * sum, 1, false);
     }
-    sum = weigh();
-    const size_t at = std::min(find(), list_.size() - 1);
+    // Rounding may leave u beyond all of them.
+    const size_t at = (n > 0 ? n : list_.size()) - 1;
     return {list_.ids[at], weights_[at] / sum};
 }
 

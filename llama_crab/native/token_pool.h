@@ -81,6 +81,7 @@ private:
     void   drop_dead();
     void   sort();
     void   truncate(size_t n);
+    void   weigh_against(float max, float scale);
     void   keep_nearest(float max, double centre, double target, size_t min_keep);
     void   keep_single(int32_t id, float logit);
     template <typename Enough> void take_mass(double target, Enough enough);
@@ -144,9 +145,7 @@ void TokenPool::adjust(const std::vector<std::pair<int32_t, float>> & amounts, b
 // Logits are the row's.
 template <typename Enough> void TokenPool::take_mass(double target, Enough enough) {
     const auto weigh_row = [&] {
-        weights_.resize(list_.size());
-        kernels().exps(list_.logits.data(), (int32_t) list_.size(), row_->max(), scale_,
-                       weights_.data());
+        weigh_against(row_->max(), scale_);
         return enough();
     };
     for (int32_t k : {64, 512}) {

@@ -104,14 +104,8 @@ void TokenPool::min_p(float p, size_t min_keep) {
     } else {
         spare_ = list_;
     }
-    size_t m = 0;
-    for (size_t i = 0; i < spare_.size(); ++i) {
-        spare_.ids[m]    = spare_.ids[i];
-        spare_.logits[m] = spare_.logits[i];
-        m += spare_.logits[i] >= bound;
-    }
-    spare_.resize(m);
-    if (m < least) {
+    spare_.keep_at_least(bound);
+    if (spare_.size() < least) {
         top_k((int32_t) std::min(least, n));
         return;
     }
@@ -154,8 +148,7 @@ void TokenPool::typical(float p, size_t min_keep) {
         for (size_t i = 0; i < list_.size(); ++i) {
             list_.logits[i] = row_->data()[list_.ids[i]];
         }
-        weights_.resize(list_.size());
-        kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_, weights_.data());
+        weigh_against(max, scale_);
         const size_t kept = count_to(p * sum, min_keep, true);
         if (kept > 0) {
             list_.resize(std::min(list_.size(), kept + 64));
@@ -198,8 +191,7 @@ void TokenPool::keep_nearest(float max, double centre, double target, size_t min
         spare_.logits[i] = list_.logits[from];
     }
     std::swap(list_, spare_);
-    weights_.resize(n);
-    kernels().exps(list_.logits.data(), (int32_t) n, max, 1.0f, weights_.data());
+    weigh_against(max, 1.0f);
     const size_t kept = count_to(target, min_keep, true);
     sorted_ = false;
     truncate(kept > 0 ? kept : std::max(n, min_keep));
@@ -353,8 +345,7 @@ void TokenPool::mirostat_v2(float mu) {
         // A little more, then exactly.
         row_->at_least((float) (bound - 1e-5 * (std::fabs(max) + std::fabs(reach))), list_);
         sorter_.sort(list_);
-        weights_.resize(list_.size());
-        kernels().exps(list_.logits.data(), (int32_t) list_.size(), max, scale_, weights_.data());
+        weigh_against(max, scale_);
         kept = cut(sum);
         dead_ = 0;
         scale_list();
