@@ -27,10 +27,34 @@ from .sampling import SamplerChain
 from .stream import CompletionStream
 from .timings import CompletionTimings
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .async_llama import AsyncLlama
+    from .handle import CompletionHandle
+    from .session import Session
+
+# They bring asyncio with them, for which a program that has no use for it does not wait.
+_LATER = {"AsyncLlama": "async_llama", "CompletionHandle": "handle", "Session": "session"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_LATER[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
+
 __all__ = [
+    "AsyncLlama",
     "Completion",
     "CompletionChoice",
     "CompletionChunk",
+    "CompletionHandle",
     "CompletionStream",
     "CompletionTimings",
     "Llama",
@@ -39,6 +63,7 @@ __all__ = [
     "Logprobs",
     "ParameterError",
     "SamplerChain",
+    "Session",
     "TokenLogprob",
     "Usage",
     "__version__",

@@ -14,6 +14,7 @@
 # the collector breaks a cycle, can free a model before its context.
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
@@ -132,6 +133,11 @@ cdef class Logits(_FloatView):
 
 cdef class Embeddings(_FloatView):
     pass
+
+
+cdef class SuspendedSlot:
+    cdef unique_ptr[nat.Slot] _c_slot   # owned until it is resumed
+    cdef object _sampler                # strong: the slot borrows it
 
 
 cdef class Stepper:

@@ -55,6 +55,7 @@ include "handles/row_sampling.pxi"  # rows in, tokens out, for both kinds of sam
 include "handles/sampler.pxi"    # Sampler
 include "handles/fused.pxi"      # FusedSampler
 include "handles/row_scratch.pxi"  # RowScratch: rows under a logits processor
+include "handles/slot_memory.pxi"  # SuspendedSlot; bodies of Stepper.suspend, save, ...
 include "handles/stepper.pxi"    # Stepper: one engine step without the GIL
 
 nat.log_install()

@@ -93,6 +93,10 @@ class DecodeAborted(DecodeError):
     """The call was aborted from another thread (``llama_decode`` returned 2)."""
 
 
+class RequestTimeoutError(LlamaCrabError, TimeoutError):
+    """A request was not done within its `timeout`."""
+
+
 class InvalidTokenError(LlamaCrabError, ValueError):
     """A token id is outside the vocabulary."""
 

@@ -2,49 +2,31 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from . import _core, logs
 from .completion import Completion, CompletionChunk
-from .engine import Engine, Request
-from .engine.request import new_seed
-from .errors import BackendUnavailableError, ContextLengthError, InvalidTokenError
-from .params import INT32_MAX, RANDOM_SEED, LlamaParams, ParameterError, require_integer
-from .sampling import SamplerChain
+from .engine import Engine, Scheduler
+from .errors import BackendUnavailableError
+from .lora import LoraSets
+from .model_identity import state_key
+from .params import LlamaParams, ParameterError
+from .request_builder import CallbackOptions, CompletionOptions, Prompt, RequestBuilder
+from .session import Session
 from .stream import CompletionStream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .engine.processors import BatchLogitsProcessor, LogitsProcessor
+    from .engine.snapshots import SnapshotStore
+    from .handle import CompletionHandle
+    from .lora import LoraChoice
 
-Prompt = str | Sequence[int]
-
-
-class CompletionOptions(TypedDict, total=False):
-    """Keyword arguments of `Llama.create_completion` beside ``stream``."""
-
-    sampler: SamplerChain | None
-    seed: int | None
-    stop: str | Iterable[str]
-    stop_tokens: Iterable[int]
-    include_stop: bool
-    min_tokens: int
-    ignore_eos: bool
-    n: int
-    best_of: int | None
-    logprobs: int | None
-    logit_bias: Mapping[int, float] | None
-    echo: bool
-    suffix: str | None
-    special: bool
-    cache_prompt: bool
-    logits_processors: Iterable[LogitsProcessor | BatchLogitsProcessor]
-    callback: Callable[[CompletionChunk], object] | None
+# A reader that is so many chunks behind has its request held.
+_UNREAD_CHUNKS = 64
 
 
 class Llama:
@@ -55,7 +37,7 @@ class Llama:
 
     Raises `ModelNotFoundError`, `ModelLoadError`, `ContextCreateError`, `ParameterError`.
     Thread-safety: any thread may call any method; calls that run at the same time share batches,
-    up to ``n_seq_max`` sequences.
+    up to ``n_seq_max`` sequences. There is no second thread unless `submit` is used.
     """
 
     def __init__(self, model: str | os.PathLike[str] | None = None, **fields: Any) -> None:
@@ -89,10 +71,14 @@ class Llama:
                 n_ctx_train=self._model.n_ctx_train, n_threads=default_n_threads()
             )
             self._context = _core.Context(self._model, **self.params.context_params())
-            self._engine = Engine(self._context)
+            self._state_key = state_key(self._model, self.params)
+            scheduler = Scheduler(self._context, self._snapshots(), self.params.max_itl_ms)
+            self._engine = Engine(scheduler)
         finally:
             logs.flush()
         self._vocab = self._model.vocab
+        self._lora = LoraSets(self._model, self._engine)
+        self._builder = RequestBuilder(self._vocab, self.params, self.n_ctx, self._lora)
         self._name = path.name
         self.load_sec = time.perf_counter() - started
         """Seconds that loading the model and creating the context took."""
@@ -111,6 +97,21 @@ class Llama:
     def n_ctx(self) -> int:
         """Tokens that one request can use, prompt and answer together."""
         return self._context.n_ctx_seq
+
+    def stats(self) -> Mapping[str, Any]:
+        """Return counts of the engine.
+
+        Sequences that run, wait and were suspended; steps and decoded tokens; cells of the KV
+        cache, and bytes and entries of the prefix cache outside of it.
+        """
+        return self._engine.stats()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Refuse new requests and wait for those that are there; return whether all have ended.
+
+        `timeout` is in seconds; what has not ended then goes on until `close`.
+        """
+        return self._engine.drain(timeout)
 
     def close(self) -> None:
         """Free the context and the model; running requests end as cancelled. Idempotent."""
@@ -157,7 +158,7 @@ class Llama:
         max_tokens: int | None = ...,
         *,
         stream: Literal[False] = ...,
-        **options: Unpack[CompletionOptions],
+        **options: Unpack[CallbackOptions],
     ) -> Completion: ...
 
     @overload
@@ -176,23 +177,8 @@ class Llama:
         max_tokens: int | None = 128,
         *,
         stream: bool = False,
-        sampler: SamplerChain | None = None,
-        seed: int | None = None,
-        stop: str | Iterable[str] = (),
-        stop_tokens: Iterable[int] = (),
-        include_stop: bool = False,
-        min_tokens: int = 0,
-        ignore_eos: bool = False,
-        n: int = 1,
-        best_of: int | None = None,
-        logprobs: int | None = None,
-        logit_bias: Mapping[int, float] | None = None,
-        echo: bool = False,
-        suffix: str | None = None,
-        special: bool = False,
-        cache_prompt: bool = True,
-        logits_processors: Iterable[LogitsProcessor | BatchLogitsProcessor] = (),
         callback: Callable[[CompletionChunk], object] | None = None,
+        **options: Any,
     ) -> Completion | CompletionStream:
         """Continue `prompt` (text, or token ids) by up to `max_tokens` tokens.
 
@@ -204,6 +190,9 @@ class Llama:
             None goes on until the model ends or the context is full; 0 evaluates the prompt only.
         stream
             Return a `CompletionStream` of `CompletionChunk` instead of a `Completion`.
+        callback
+            Called with each chunk; return False to end the request as ``"cancelled"``. Not with
+            `stream`.
         sampler
             How tokens are chosen; default: the params' sampler, else llama.cpp's default chain.
         seed
@@ -239,59 +228,28 @@ class Llama:
             logits)`` gets the rows of all running sequences that use it at once, as a list of id
             arrays and logits of shape (n_rows, n_vocab). The arrays are for the call: keep copies.
             An exception ends the request and is raised here.
-        callback
-            Called with each chunk; return False to end the request as ``"cancelled"``. Not with
-            `stream`.
+        priority
+            A higher one is served first, also by suspending running requests of lower priority; a
+            unit counts as 10 s of waiting, so a low one is late and not never.
+        timeout
+            Seconds after which the request ends with `RequestTimeoutError`, waiting included.
+        lora
+            A `LoraAdapter` of `load_lora`, or a mapping of several to their scales.
+        session
+            A `Session` that the prompt and the answer are appended to.
 
         Raises `ContextLengthError` for a prompt that does not fit, `ParameterError` and
-        `InvalidTokenError` for wrong values, `GrammarError`, `SamplerError`, `DecodeError`.
+        `InvalidTokenError` for wrong values, `GrammarError`, `SamplerError`, `DecodeError`,
+        `AdapterError`, `RequestTimeoutError`, and `ContextBusyError` for a session in use.
         ``KeyboardInterrupt`` ends the request within one step and leaves the object usable.
         """
-        begin_us = _core.time_us()
-        tokens, echo_text = self._prompt_tokens(prompt, suffix)
-        if not isinstance(stop, Iterable):
-            raise ParameterError(f"stop: expected strings, not {stop!r}")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        stop_ids = self._token_ids("stop_tokens", stop_tokens)
-        self._check(n, best_of, stream, logprobs, max_tokens, min_tokens, stops)
         if callback is not None and not callable(callback):
             raise ParameterError(f"callback: {callback!r} cannot be called")
         if stream and callback is not None:
             raise ParameterError("callback: not with stream=True, which gives the chunks itself")
-        if sampler is not None and not isinstance(sampler, SamplerChain):
-            raise ParameterError(f"sampler: expected a SamplerChain, not {sampler!r}")
-        if seed is not None:
-            require_integer("seed", seed, (0, RANDOM_SEED - 1))
-        if logit_bias is not None and not isinstance(logit_bias, Mapping):
-            raise ParameterError(f"logit_bias: expected a mapping, not {logit_bias!r}")
-        self._token_ids("logit_bias", logit_bias or ())
-        chosen = sampler if sampler is not None else self.params.sampler
-        if seed is None:
-            seed = self.params.seed
-        request = Request(
-            prompt=tokens,
-            sampler=SamplerChain.default() if chosen is None else chosen,
-            seed=new_seed() if seed is None else seed,
-            max_tokens=max_tokens,
-            min_tokens=min_tokens,
-            n=n,
-            best_of=n if best_of is None else best_of,
-            stop=stops,
-            stop_tokens=stop_ids,
-            include_stop=include_stop,
-            ignore_eos=ignore_eos,
-            special=special,
-            logit_bias=logit_bias,
-            logprobs=logprobs,
-            prompt_logprobs=echo and logprobs is not None,
-            stream=stream or callback is not None,
-            cache_prompt=cache_prompt,
-            logits_processors=self._processors(logits_processors),
-            submit_us=begin_us,
-        )
-        job = CompletionStream(
-            self._engine, request, self._vocab, echo_text if echo else "", self._name, self.load_sec
-        )
+        wants_chunks = stream or callback is not None
+        request, echo = self._builder.completion(prompt, max_tokens, stream=wants_chunks, **options)
+        job = CompletionStream(self._engine, request, self._vocab, echo, self._name, self.load_sec)
         if stream:
             return job
         with job:
@@ -300,84 +258,58 @@ class Llama:
                     job.close()
             return job.result()
 
-    def _prompt_tokens(self, prompt: Prompt, suffix: str | None) -> tuple[list[int], str]:
-        """Return the ids and the text to echo."""
-        if isinstance(prompt, str):
-            tokens, text = self.tokenize(prompt), prompt
-        else:
-            tokens = list(self._token_ids("prompt", prompt))
-            text = "" if not tokens else self.detokenize(tokens, special=True)
-        if suffix is not None:
-            if not isinstance(suffix, str):
-                raise ParameterError(f"suffix: expected text, not {suffix!r}")
-            vocab = self._vocab
-            if vocab.fim_pre is None or vocab.fim_suf is None or vocab.fim_mid is None:
-                raise ParameterError("suffix: the model has no fill-in-the-middle tokens")
-            after = self.tokenize(suffix, add_special=False, parse_special=False)
-            n_bos = int(tokens[:1] == [vocab.bos])
-            tokens = [
-                *(*tokens[:n_bos], vocab.fim_pre, *tokens[n_bos:]),
-                *(vocab.fim_suf, *after, vocab.fim_mid),
-            ]
-        if not tokens:
-            # As llama.cpp's own programs do: something must be decoded.
-            if self._vocab.bos is None:
-                raise ParameterError("prompt: it has no tokens, and the model has no BOS token")
-            tokens = [self._vocab.bos]
-        if len(tokens) > self.n_ctx:
-            raise ContextLengthError(
-                f"the prompt has {len(tokens)} tokens, a request can use {self.n_ctx} (n_ctx)"
-            )
-        return tokens, text
+    def submit(
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = 128,
+        *,
+        stream: bool = False,
+        **options: Unpack[CompletionOptions],
+    ) -> CompletionHandle:
+        """Start a completion in the background and return a handle to read, await or cancel it.
 
-    def _token_ids(self, name: str, tokens: Iterable[int]) -> tuple[int, ...]:
-        """Return ids of the vocabulary as ints; `name` is the argument they came in."""
-        if isinstance(tokens, (str, bytes, bytearray)) or not isinstance(tokens, Iterable):
-            raise ParameterError(f"{name}: expected token ids, not {type(tokens).__name__}")
-        try:
-            ids = tuple([operator.index(token) for token in tokens])
-        except TypeError as error:
-            raise ParameterError(f"{name}: expected token ids: {error}") from None
-        n_vocab = self._vocab.n_tokens
-        for token in ids:
-            if not 0 <= token < n_vocab:
-                raise InvalidTokenError(
-                    f"{name}: token {token} is outside the vocabulary (0..{n_vocab - 1})"
-                )
-        return ids
+        The options are those of `create_completion`; with `stream` the handle gives chunks as they
+        come. The first call starts the engine's thread, which serves all calls from then on.
+        """
+        from .handle import CompletionHandle  # with asyncio
 
-    @staticmethod
-    def _processors(
-        processors: Iterable[LogitsProcessor | BatchLogitsProcessor],
-    ) -> tuple[LogitsProcessor | BatchLogitsProcessor, ...]:
-        if not isinstance(processors, Iterable):
-            raise ParameterError(f"logits_processors: expected callables, not {processors!r}")
-        found = tuple(processors)
-        for processor in found:
-            if not callable(processor) and not hasattr(processor, "process_batch"):
-                raise ParameterError(f"logits_processors: {processor!r} cannot be called")
-        return found
+        request, echo = self._builder.completion(
+            prompt, max_tokens, stream=stream, n_news_max=_UNREAD_CHUNKS, **options
+        )
+        self._engine.start()
+        return CompletionHandle(self._engine, request, self._vocab, echo, self._name, self.load_sec)
 
-    @staticmethod
-    def _check(
-        n: int,
-        best_of: int | None,
-        stream: bool,
-        logprobs: int | None,
-        max_tokens: int | None,
-        min_tokens: int,
-        stops: tuple[str, ...],
-    ) -> None:
-        require_integer("n", n, (1, INT32_MAX))
-        if best_of is not None:
-            require_integer("best_of", best_of, (n, INT32_MAX))
-            if stream and best_of > n:
-                raise ParameterError("best_of: cannot be streamed; the best is known at the end")
-        if logprobs is not None:
-            require_integer("logprobs", logprobs, (0, INT32_MAX))
-        if max_tokens is not None:
-            require_integer("max_tokens", max_tokens, (0, INT32_MAX))
-        most = INT32_MAX if max_tokens is None else max_tokens
-        require_integer("min_tokens", min_tokens, (0, most))
-        if not all(isinstance(stop, str) and stop for stop in stops):
-            raise ParameterError("stop: expected non-empty strings")
+    def load_lora(self, path: str | os.PathLike[str]) -> _core.LoraAdapter:
+        """Load a LoRA adapter, to be named by requests (``lora=``) with or without a scale.
+
+        Raises `ModelNotFoundError`, `AdapterError`. Wraps ``llama_adapter_lora_init``.
+        """
+        return self._lora.load(path)
+
+    def session(self) -> Session:
+        """Return an empty conversation that keeps its place in the KV cache."""
+        return Session(self._engine, self._state_key)
+
+    def load_session(
+        self, path: str | os.PathLike[str], *, lora: LoraChoice | None = None
+    ) -> Session:
+        """Return the conversation that `Session.save` wrote, without computing it again.
+
+        `lora` must be what it was computed with. Raises `StateError` for a damaged file or one of
+        another model, naming what differs; FileNotFoundError.
+        """
+        return Session.load(path, self._engine, self._state_key, self._lora.index(lora))
+
+    def _snapshots(self) -> SnapshotStore | None:
+        """Return the place for what has to leave the KV cache."""
+        params = self.params
+        if not params.cache_ram_mib and not params.cache_disk_mib:
+            return None
+        from pathlib import Path
+
+        from .engine.snapshots import SnapshotStore
+
+        folder = None if params.cache_dir is None else Path(params.cache_dir)
+        return SnapshotStore(
+            self._state_key, params.cache_ram_mib << 20, folder, params.cache_disk_mib << 20
+        )

@@ -13,12 +13,15 @@ def set_verbose(verbose: bool) -> None:
     _core.set_log_level(2 if verbose else 3)
 
 
-def flush() -> None:
-    """Hand the lines that llama.cpp has logged so far to `logging`."""
+def flush(*, expected: bool = False) -> None:
+    """Hand the lines that llama.cpp has logged so far to `logging`.
+
+    As debug messages when what they complain of was `expected` and dealt with.
+    """
     if not _core.log_pending():
         return
     import logging  # not at import time: most programs never get here
 
     logger = logging.getLogger("llama_crab.native")
     for level, text in _core.drain_log():
-        logger.log(_LEVELS.get(level, logging.INFO), text)
+        logger.log(logging.DEBUG if expected else _LEVELS.get(level, logging.INFO), text)

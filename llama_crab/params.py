@@ -61,6 +61,8 @@ _INT_RANGES: dict[str, tuple[int, int]] = {
     "n_threads_batch": (1, MAX_THREADS),
     "yarn_orig_ctx": (0, INT32_MAX),
     "seed": (0, RANDOM_SEED - 1),
+    "cache_ram_mib": (0, INT32_MAX),
+    "cache_disk_mib": (0, INT32_MAX),
 }
 _FLOAT_MINIMA: dict[str, float] = {
     "rope_freq_base": 0.0,
@@ -69,6 +71,7 @@ _FLOAT_MINIMA: dict[str, float] = {
     "yarn_attn_factor": -math.inf,
     "yarn_beta_fast": -math.inf,
     "yarn_beta_slow": -math.inf,
+    "max_itl_ms": 0.001,
 }
 _BOOLS = (
     *("check_tensors", "use_extra_bufts", "no_host", "load_mtp"),
@@ -110,6 +113,10 @@ class LlamaParams:
     and "disabled"), cache types by their ggml name (``type_k="q8_0"``), ``devices`` by the names
     that `llama_crab.devices` lists. ``sampler`` and ``seed`` are the defaults of each request;
     ``verbose`` lets llama.cpp's own messages below warning through to `logging`.
+
+    ``max_itl_ms`` bounds the time between two tokens of an answer while prompts are computed
+    beside it, None for no bound. What has to leave the KV cache goes to ``cache_ram_mib`` MiB of
+    host memory, and from there to ``cache_disk_mib`` MiB of files in ``cache_dir``; 0 for none.
 
     Raises ParameterError, a ValueError that names the field, for values that llama.cpp would
     refuse or abort on. Thread-safety: immutable, share freely.
@@ -165,6 +172,10 @@ class LlamaParams:
     sampler: SamplerChain | None = None
     seed: int | None = None
     verbose: bool = False
+    max_itl_ms: float | None = 200.0
+    cache_ram_mib: int = 512
+    cache_dir: str | os.PathLike[str] | None = None
+    cache_disk_mib: int = 0
 
     def __post_init__(self) -> None:
         if self.model is not None and not isinstance(self.model, (str, os.PathLike)):
@@ -184,6 +195,7 @@ class LlamaParams:
         self._normalise("kv_overrides", _overrides, None)
         self._check_batches()
         self._check_attention()
+        self._check_cache()
 
     def _normalise(self, name: str, rule: Any, detail: Any) -> None:
         value = getattr(self, name)
@@ -220,6 +232,16 @@ class LlamaParams:
             raise ParameterError(
                 "split_mode: 'tensor' needs flash attention, but flash_attn_type is 'disabled'"
             )
+
+    def _check_cache(self) -> None:
+        if self.cache_dir is not None and not isinstance(self.cache_dir, (str, os.PathLike)):
+            kind = type(self.cache_dir).__name__
+            raise ParameterError(f"cache_dir: expected a path, not {kind}")
+        for name in ("cache_ram_mib", "cache_disk_mib"):
+            if getattr(self, name) is None:
+                raise ParameterError(f"{name}: expected an integer, not None")
+        if self.cache_disk_mib and self.cache_dir is None:
+            raise ParameterError("cache_disk_mib: needs a cache_dir to write to")
 
     def model_params(self) -> dict[str, Any]:
         """Return the ``llama_model_params`` that are set, as the core's Model takes them."""
@@ -264,7 +286,7 @@ class LlamaParams:
             value = getattr(self, item.name)
             if value == item.default:
                 continue
-            if item.name == "model":
+            if item.name in ("model", "cache_dir"):
                 value = os.fspath(value)
             elif item.name == "sampler":
                 value = value.to_dict()

@@ -68,20 +68,26 @@ class CompletionStream(Iterator[CompletionChunk]):
         return self
 
     def __next__(self) -> CompletionChunk:
-        request = self._request
         try:
-            while not request.news:
-                if request.end_us:
-                    if request.error is not None:
-                        raise request.error
-                    raise StopIteration
-                self._engine.advance(request)
+            while not self._has_chunk():
+                self._engine.advance(self._request)
         except (StopIteration, LlamaCrabError):
             raise
         except BaseException:
             self.close()
             raise
         return self._chunk()
+
+    def _has_chunk(self) -> bool:
+        """Whether there is a chunk to take. Raises its error, or StopIteration at the end."""
+        request = self._request
+        if request.news:
+            return True
+        if not request.end_us:
+            return False
+        if request.error is not None:
+            raise request.error
+        raise StopIteration
 
     def close(self) -> None:
         """Cancel the request if it has not ended."""
@@ -109,6 +115,9 @@ class CompletionStream(Iterator[CompletionChunk]):
         """Return everything as one `Completion`, running the request to its end first."""
         for _ in self:
             pass
+        return self._completion()
+
+    def _completion(self) -> Completion:
         request = self._request
         if request.error is not None:
             raise request.error
@@ -136,6 +145,8 @@ class CompletionStream(Iterator[CompletionChunk]):
     def _chunk(self) -> CompletionChunk:
         request = self._request
         news = request.news.popleft()
+        if request.n_news_max:
+            self._engine.read(request)
         index = news.sequence.index
         if not news.last and index in self._offsets and request.logprobs is None:
             # Most chunks: nothing but text and tokens.

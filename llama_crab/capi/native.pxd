@@ -2,7 +2,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool
-from libcpp.memory cimport shared_ptr
+from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.pair cimport pair
 from libcpp.string cimport string
 from libcpp.vector cimport vector
@@ -202,7 +202,7 @@ cdef extern from "native/fused_sampler.h" namespace "llama_crab" nogil:
         Status& status)
     FusedSampler *clone_fused_sampler(const FusedSampler& sampler, Status& status)
 
-cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
+cdef extern from "native/slot.h" namespace "llama_crab" nogil:
     ctypedef enum Finish "llama_crab::Finish":
         FINISH_CANCELLED "llama_crab::Finish::cancelled"
 
@@ -212,8 +212,13 @@ cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
 
     cppclass SlotRequest:
         vector[int32_t] prompt
+        int32_t source
         int32_t n_keep
         int32_t leader
+        int32_t n_shared
+        int32_t checkpoint
+        int64_t rank
+        int32_t adapters
         int32_t max_tokens
         int32_t min_tokens
         int32_t n_logprobs
@@ -232,6 +237,7 @@ cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
         int32_t n_past
         int32_t n_prompt
         int32_t n_cached
+        int32_t adapters
         string text
         vector[int32_t] text_ends
         vector[TokenLogprobs] logprobs
@@ -244,10 +250,27 @@ cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
         int64_t sample_us
         int32_t n_generated()
 
+cdef extern from "native/step_budget.h" namespace "llama_crab" nogil:
+    cppclass StepBudget:
+        int64_t target_us
+
+cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
+    cppclass AdapterSet:
+        vector[AdapterPtr] adapters
+        vector[float] scales
+
     cppclass CStepper "llama_crab::Stepper":
         CStepper(ContextPtr context) except +
-        int32_t reusable_prefix(int32_t i, const vector[int32_t]& tokens)
+        int32_t reusable_prefix(int32_t i, const vector[int32_t]& tokens, int32_t adapters)
         int32_t assign(int32_t i, SlotRequest request, Status& status) except +
+        unique_ptr[Slot] suspend(int32_t i) except +
+        int32_t resume(
+            int32_t i, unique_ptr[Slot] slot, int32_t source, int32_t n_keep,
+            Status& status) except +
+        bool save(int32_t i, vector[uint8_t]& out, Status& status) except +
+        bool restore(
+            int32_t i, const vector[int32_t]& tokens, int32_t adapters, const uint8_t *data,
+            size_t size, Status& status) except +
         void decode(int32_t n_tokens_max, Status& status) except +
         const vector[int32_t]& slots_to_process() except +
         void copy_rows(float *rows) except +
@@ -256,9 +279,17 @@ cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
         void fail(int32_t i, const string& message) except +
         void release(int32_t i, Finish finish)
         void clear(int32_t i) except +
+        void hold(int32_t i, bool held)
+        void set_adapters(int32_t index, AdapterSet set) except +
+        int32_t n_adapter_sets()
+        int32_t n_cells_used() except +
+        int32_t n_in_batch(int32_t i)
+        bool can_abort()
+        bool can_cut()
         const Slot& slot(int32_t i)
         int32_t n_slots()
         vector[int32_t] events
+        StepBudget budget
         int64_t n_steps
         int64_t n_decoded
         int64_t decode_us

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from .. import _core
-from ..errors import ClosedError
+from ..errors import ClosedError, ForkedProcessError, LlamaCrabError
 from .request import RawLogprobs, Request
 from .scheduler import Scheduler
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import TypeVar, TypeVarTuple
+    from typing import Any, TypeVar, TypeVarTuple
 
     Result = TypeVar("Result")
     Args = TypeVarTuple("Args")
@@ -23,56 +28,128 @@ if TYPE_CHECKING:
 _HANDOVER_SEC = 50e-6
 # Batches per call into the core while nothing is to be told; other threads end it earlier.
 _STEPS = 256
+# How long the engine's thread sleeps at most while all that runs is held.
+_HELD_SEC = 0.05
+_DRAIN_POLL_SEC = 0.002
 
 
 class Engine:
     """Runs requests of any number of threads over one context.
 
-    There is no thread of its own: whoever waits for a request drives the loop, for all requests,
-    and lets others have their turn in between.
+    Whoever waits for a request drives the loop, for all requests, and lets others have their turn
+    in between; so a program of one thread has no second one. `start` gives the loop a thread of its
+    own, for requests that nobody waits for; from then on the others only wait.
 
     Thread-safety: every method may be called from any thread.
     """
 
-    def __init__(self, context: _core.Context) -> None:
-        self.scheduler = Scheduler(context)
-        self._context = context
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self._context = scheduler.context
         self._lock = threading.Lock()
         self._callers: dict[int, None] = {}
         self._abandoned: deque[Request] = deque()
+        self._later: deque[Callable[[], object]] = deque()
+        self._pid = os.getpid()
         self._closed = False
+        self._draining = False
+        self._thread: threading.Thread | None = None
+        self._work = threading.Event()
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
 
+    @property
+    def started(self) -> bool:
+        """Whether a thread of the engine's own drives the loop."""
+        return self._thread is not None
+
+    def start(self) -> None:
+        """Give the loop a thread. Idempotent. Raises `ClosedError`."""
+        self._exclusively(self._start)
+
     def submit(self, request: Request) -> None:
         """Queue a request. Raises `ClosedError`."""
         self._exclusively(self._submit, request)
+        self._work.set()
 
-    def advance(self, request: Request) -> None:
-        """Run the loop until `request` has news or is done, or another thread wants its turn.
+    def advance(self, request: Request, timeout: float | None = None) -> None:
+        """Wait until `request` has news or is done, running the loop if no thread of its own does.
 
-        Raises `ClosedError`, `DecodeError`.
+        It may return earlier, when another thread wants its turn. Raises `ClosedError`,
+        `DecodeError`, and TimeoutError after `timeout` seconds without news.
         """
-        self._exclusively(self._advance, request)
+        if self._thread is not None:
+            self._wait(request, timeout)
+        else:
+            limit_us = 0 if timeout is None else _core.time_us() + int(timeout * 1e6)
+            self._exclusively(self._advance, request, limit_us)
+
+    def read(self, request: Request) -> None:
+        """Note that the reader has taken something: what was held for it may go on."""
+        if request.n_news_max and 2 * len(request.news) <= request.n_news_max:
+            self._exclusively(self.scheduler.unhold, request)
+            self._work.set()
 
     def cancel(self, request: Request) -> None:
-        """End a request now; does nothing when it is done."""
+        """End a request now; does nothing when it is done.
+
+        A batch that is decoding its prompt is stopped, where the backend can, and what others lose
+        by that is decoded again.
+        """
+        self._interrupt_prefill(request)
         self._exclusively(self._cancel, request)
+        self._work.set()
+
+    def cancel_soon(self, request: Request) -> None:
+        """Do the same without waiting for it: for event loops."""
+        self._interrupt_prefill(request)
+        self.abandon(request)
+        self.scheduler.stepper.pause()
 
     def prompt_logprobs(self, request: Request) -> list[RawLogprobs]:
         """Return the prompt's log-probabilities so far, from the sequence that prefills it."""
         return self._exclusively(self.scheduler.prompt_logprobs, request)
 
+    def stats(self) -> Mapping[str, Any]:
+        """Return the scheduler's counts. Raises `ClosedError`."""
+        return self.exclusively(self.scheduler.stats)
+
+    def exclusively(self, work: Callable[[*Args], Result], *args: *Args) -> Result:
+        """Run `work` between two steps. Raises `ClosedError`."""
+        return self._exclusively(self._if_open, work, *args)
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Refuse new requests and wait for those that are there; return whether all have ended."""
+        self._draining = True
+        limit = None if timeout is None else time.monotonic() + timeout
+        while not self._closed and self._exclusively(self.scheduler.any_request):
+            if limit is not None and time.monotonic() >= limit:
+                return False
+            if self._thread is None:
+                self._exclusively(self._turn)
+            else:
+                time.sleep(_DRAIN_POLL_SEC)
+        return True
+
     def close(self) -> None:
         """End every request as cancelled and close the context. Idempotent."""
+        thread = self._thread
         self._exclusively(self._close)
+        self._work.set()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     def abandon(self, request: Request) -> None:
         """Have the next step end a request. Takes no lock: the collector may call this anywhere."""
         self._abandoned.append(request)
+        self._work.set()
+
+    def later(self, work: Callable[[*Args], object], *args: *Args) -> None:
+        """Have `work` done before the next step. Takes no lock, as `abandon`."""
+        self._later.append(partial(work, *args))
 
     def _exclusively(self, work: Callable[[*Args], Result], *args: *Args) -> Result:
         """Run `work` alone, then let threads that wait get in first.
@@ -80,6 +157,9 @@ class Engine:
         A thread that drives the loop would take the lock again at once, and the others starve. The
         lock is taken by a plain ``with``, which no signal can come in between of.
         """
+        if os.getpid() != self._pid:
+            # Its lock may have been held when the process was forked, and its thread is not here.
+            raise ForkedProcessError("this Llama belongs to the parent process: load one here")
         me = threading.get_ident()
         self._callers[me] = None
         # Always: whoever holds the lock, or takes it before us, must not run on for many batches.
@@ -93,30 +173,132 @@ class Engine:
             if self._callers:
                 time.sleep(_HANDOVER_SEC)
 
+    def _start(self) -> None:
+        self._require_open()
+        if self._thread is None:
+            # Without a strong reference: an engine that nobody uses any more ends its thread.
+            work = self._work
+            gone = weakref.ref(self, lambda _: work.set())
+            self._thread = threading.Thread(
+                target=_drive, args=(gone, work), name="llama_crab engine", daemon=True
+            )
+            self._thread.start()
+            _started.add(self)
+
     def _submit(self, request: Request) -> None:
         self._require_open()
+        if self._draining:
+            raise ClosedError("the engine is draining: it takes no new requests")
         self.scheduler.submit(request)
 
-    def _advance(self, request: Request) -> None:
-        step = self.scheduler.step
+    def _advance(self, request: Request, limit_us: int) -> None:
         while not request.news and not request.end_us:
             self._require_open()
-            while self._abandoned:
-                self.scheduler.cancel(self._abandoned.popleft())
-            step(_STEPS)
+            if limit_us and _core.time_us() >= limit_us:
+                raise TimeoutError("the request is not done yet")
+            self._step()
             if self._callers:
                 return
 
+    def _wait(self, request: Request, timeout: float | None) -> None:
+        """Sleep until the engine's thread has something for `request`."""
+        changed = threading.Event()
+        request.listener = changed.set
+        if request.news or request.end_us:  # it came before the listener did
+            return
+        if not changed.wait(timeout):
+            raise TimeoutError("the request is not done yet")
+
+    def _step(self) -> bool:
+        """Run the loop once, then call those who have got something; False if all is held."""
+        scheduler = self.scheduler
+        while self._later:
+            self._later.popleft()()
+        if self._abandoned:
+            self._context.clear_abort()
+        while self._abandoned:
+            scheduler.cancel(self._abandoned.popleft())
+        try:
+            return scheduler.step(_STEPS)
+        finally:
+            if scheduler.told:
+                self._call_listeners()
+
+    def _turn(self) -> bool | None:
+        """Run the loop until another thread wants a turn, all is held (False) or done (None)."""
+        while not self._closed and (self._abandoned or self.scheduler.any_request()):
+            try:
+                progressed = self._step()
+            except LlamaCrabError:
+                continue  # every request has ended with it, and its reader is told
+            except Exception as error:  # a bug: nobody may wait for ever because of it
+                self.scheduler.fail_all(error)
+                self._call_listeners()
+                continue
+            if not progressed or self._callers:
+                return progressed
+        return None
+
+    def _interrupt_prefill(self, request: Request) -> None:
+        stepper = self.scheduler.stepper
+        slots = [sequence.slot for sequence in request.sequences]
+        with contextlib.suppress(ClosedError):  # another thread may be closing it
+            if stepper.can_abort and any(
+                s is not None and stepper.n_in_batch(s) > 1 for s in slots
+            ):
+                self._context.abort()
+
     def _cancel(self, request: Request) -> None:
         if not self._closed:
+            # An abort that came too late must not hit the next batch.
+            self._context.clear_abort()
             self.scheduler.cancel(request)
+            self._call_listeners()
 
     def _close(self) -> None:
         if not self._closed:
             self.scheduler.cancel_all()
+            self._call_listeners()
             self._context.close()
             self._closed = True
+            _started.discard(self)
+
+    def _call_listeners(self) -> None:
+        told = list(self.scheduler.told)
+        self.scheduler.told.clear()
+        for request in told:
+            if request.listener is not None:
+                request.listener()
+
+    def _if_open(self, work: Callable[[*Args], Result], *args: *Args) -> Result:
+        self._require_open()
+        return work(*args)
 
     def _require_open(self) -> None:
         if self._closed:
             raise ClosedError("the Llama is closed")
+
+
+def _drive(engine_ref: weakref.ref[Engine], work: threading.Event) -> None:
+    """Run the loop of an engine in a thread of its own, until it is closed or gone."""
+    while True:
+        work.clear()
+        engine = engine_ref()
+        if engine is None or engine.closed:
+            return
+        progressed = engine._exclusively(engine._turn)
+        del engine
+        if progressed is None:
+            work.wait()
+        elif not progressed:
+            work.wait(_HELD_SEC)
+
+
+# Threads that are inside the core when the interpreter ends would be torn out of it.
+_started: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_started() -> None:
+    for engine in list(_started):
+        engine.close()

@@ -14,6 +14,9 @@ from .text import TextStream
 
 _ids = itertools.count()
 
+# What a unit of priority is worth in waiting time: so that a low priority is late, not never.
+_PRIORITY_US = 10_000_000
+
 # (log-probability, [(token id, log-probability), ...]) as the core reports it.
 RawLogprobs = tuple[float, list[tuple[int, float]]]
 
@@ -25,7 +28,13 @@ def new_seed() -> int:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One call's worth of work: a prompt and `best_of` answers to it, of which `n` are wanted."""
+    """One call's worth of work: a prompt and `best_of` answers to it, of which `n` are wanted.
+
+    `deadline_us` is a reading of `time_us` after which it ends with an error; `adapters` is the
+    index of its LoRA set; a stream that is `n_news_max` pieces ahead of its reader is held (0: never);
+    `listener` is called, by the thread that drives the loop, after it has got news or ended, and
+    `on_end` with each sequence that ends.
+    """
 
     prompt: list[int]
     sampler: SamplerChain
@@ -45,6 +54,12 @@ class Request:
     stream: bool = False
     cache_prompt: bool = True
     logits_processors: tuple[Any, ...] = ()
+    priority: int = 0
+    deadline_us: int = 0
+    adapters: int = 0
+    n_news_max: int = 0
+    listener: Callable[[], object] | None = None
+    on_end: Callable[[Sequence], object] | None = None
     id: str = field(default_factory=lambda: f"cmpl-{next(_ids)}-{os.urandom(6).hex()}")
     submit_us: int = 0
     end_us: int = 0
@@ -54,6 +69,12 @@ class Request:
 
     def __post_init__(self) -> None:
         self.sequences = [Sequence(self, index) for index in range(self.best_of)]
+
+    @property
+    def rank(self) -> int:
+        """What the queue orders by, smallest first: arrival, priority, deadline."""
+        rank = self.submit_us - self.priority * _PRIORITY_US
+        return min(rank, self.deadline_us - _PRIORITY_US) if self.deadline_us else rank
 
     @property
     def done(self) -> bool:
@@ -84,6 +105,20 @@ class News:
     last: bool
 
 
+@dataclass(slots=True)
+class Suspension:
+    """What a sequence without a slot goes on from.
+
+    `ids` are its tokens, of which the first `n_past` were in memory; `state` is that memory, or
+    None when it is to be computed again.
+    """
+
+    slot: SuspendedSlot
+    ids: array[int]
+    n_past: int
+    state: bytes | None
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One answer in the making. `slot` is its sequence of the context while it runs."""
@@ -91,6 +126,7 @@ class Sequence:
     request: Request
     index: int
     slot: int | None = None
+    suspension: Suspension | None = None
     text_parts: list[str] = field(default_factory=list)
     n_bytes: int = 0
     n_tokens_told: int = 0
@@ -149,7 +185,10 @@ def token_logprobs(
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Callable
     from typing import Any
+
+    from .._core import SuspendedSlot
 
     PieceOf = Callable[[int], bytes]

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections import deque
+from array import array
+from collections import Counter
+from collections.abc import Mapping
 
 from .. import _core, logs
-from ..completion import FinishReason
-from ..errors import DecodeAborted, DecodeError, KVCacheFullError, LlamaCrabError, SamplerError
-from .prefix_cache import PrefixCache
-from .request import News, RawLogprobs, Request, Sequence
+from ..errors import (
+    DecodeAborted,
+    DecodeError,
+    KVCacheFullError,
+    LlamaCrabError,
+    RequestTimeoutError,
+    StateError,
+)
+from .delivery import Delivery
+from .prefix_cache import MIN_SHARED, Placement, PrefixCache
+from .request import RawLogprobs, Request, Sequence, Suspension
+from .waiting import WaitingLine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from .processors import Processors
+    from .snapshots import SnapshotStore
+
+# Cells that a sequence must find beside its own for each one that runs already: else it would be
+# admitted only to be suspended again.
+_CELLS_TO_GROW = 16
 
 
 class Scheduler:
@@ -22,20 +39,52 @@ class Scheduler:
     the batch with pieces of waiting prompts, and collects what is new. The heavy part is one call
     into the core without the GIL; Python looks at a sequence only when it has news.
 
-    Thread-safety: none; the facade holds a lock around it.
+    The queue goes by `Request.rank`. A sequence gives its slot up for one of higher priority, its
+    cells when a unified KV cache is full, and both while its reader is behind and others wait: it
+    is suspended, with its state in host memory, and goes on where it was.
+
+    Parameters
+    ----------
+    context
+        Its memory belongs to the scheduler from now on.
+    store
+        Where the prefix cache keeps what has to leave the context; None for nowhere.
+    max_itl_ms
+        Milliseconds between two tokens of an answer up to which prompts may fill its batches.
+
+    Thread-safety: none; the engine holds a lock around it.
     """
 
-    def __init__(self, context: _core.Context) -> None:
+    def __init__(
+        self,
+        context: _core.Context,
+        store: SnapshotStore | None = None,
+        max_itl_ms: float | None = None,
+    ) -> None:
         self.context = context
         self.stepper = _core.Stepper(context)
+        if max_itl_ms is not None:
+            self.stepper.target_us = int(max_itl_ms * 1000)
         # A prompt is prefilled in micro-batches anyway; handing over one at a time lets running
         # sequences continue, and Ctrl-C act, in between.
         self._budget = max(context.n_ubatch, context.n_seq_max)
-        self._cache = PrefixCache(self.stepper)
-        self._waiting: deque[Sequence] = deque()
+        self._unified = context.kv_unified or context.n_seq_max == 1
+        self.cache = PrefixCache(self.stepper, store)
+        # Host memory for suspended sequences; beyond it they are computed again.
+        self._swap_bytes_left = 1 << 30
+        self._waiting = WaitingLine()
+        self._parked: dict[Sequence, None] = {}  # suspended while their reader is behind
         self._running: dict[int, Sequence] = {}
+        self._held: dict[Sequence, None] = {}  # of those, whose reader is behind
+        self._priorities: Counter[int] = Counter()  # of those that run
+        # The sequence that found no cells, and how many had left their slots then.
+        self._no_cells_for: tuple[Sequence, int] | None = None
+        self._n_left = 0
+        self._delivery = Delivery(self.stepper, self._leave, self._hold, self._fail)
+        self._deadlines: dict[Request, None] = {}
         self._interrupted = False
         self._processors: Processors | None = None  # made when a request has some
+        self.n_suspended = 0
 
     @property
     def n_running(self) -> int:
@@ -45,12 +94,31 @@ class Scheduler:
     @property
     def n_waiting(self) -> int:
         """Sequences that wait for a slot."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._parked)
+
+    @property
+    def told(self) -> dict[Request, None]:
+        """Requests with a listener that have got news or ended; the engine calls and clears it."""
+        return self._delivery.told
+
+    def stats(self) -> Mapping[str, Any]:
+        """Return counts of the queue, the steps and the prefix cache."""
+        return {
+            "n_running": self.n_running,
+            "n_waiting": self.n_waiting,
+            "n_suspended": self.n_suspended,
+            "n_steps": self.stepper.n_steps,
+            "n_decoded": self.stepper.n_decoded,
+            **self.cache.stats(),
+        }
 
     def submit(self, request: Request) -> None:
         """Queue a request; `step` until it is done."""
         request.submit_us = request.submit_us or _core.time_us()
-        self._waiting.extend(request.sequences)
+        for sequence in request.sequences:
+            self._waiting.push(sequence)
+        if request.deadline_us:
+            self._deadlines[request] = None
 
     def cancel(self, request: Request) -> None:
         """End a request now; what it has generated stays. Does nothing when it is done."""
@@ -58,41 +126,74 @@ class Scheduler:
             return
         for sequence in request.sequences:
             if sequence.slot is not None:
-                self._retire(sequence, "cancelled", None)
+                self._delivery.retire(sequence, "cancelled", None)
             elif sequence.finish_reason is None:
-                sequence.finish_reason = "cancelled"
-        self._waiting = deque(s for s in self._waiting if s.request is not request)
-        request.end_us = _core.time_us()
+                self._delivery.cancel_paused(sequence)
+                self._drop_suspension(sequence)
+            self._parked.pop(sequence, None)
+        self._waiting.remove_request(request)
+        self._deadlines.pop(request, None)
+        self._delivery.end(request)
 
     def cancel_all(self) -> None:
         """End every request, running or waiting."""
         for request in self._requests():
             self.cancel(request)
 
-    def step(self, n_steps_max: int = 1) -> None:
+    def adopt(self, ids: array[int], state: bytes, adapters: int) -> None:
+        """Put the state of a saved sequence into the prefix cache. Raises `StateError`."""
+        self.cache.adopt(ids, state, adapters, self._idle())
+
+    def fail_all(self, error: Exception) -> None:
+        """End every request with `error`."""
+        for request in self._requests():
+            self._fail(request, error)
+
+    def any_request(self) -> Request | None:
+        """Return a request that has not ended, or None."""
+        for group in (self._running.values(), self._waiting, self._parked):
+            for sequence in group:
+                return sequence.request
+        return None
+
+    def unhold(self, request: Request) -> None:
+        """Go on with sequences that were held because their reader was behind."""
+        for sequence in request.sequences:
+            if sequence.slot is not None and sequence in self._held:
+                del self._held[sequence]
+                self.stepper.hold(sequence.slot, False)
+            elif sequence in self._parked:
+                del self._parked[sequence]
+                self._waiting.push(sequence)
+
+    def step(self, n_steps_max: int = 1) -> bool:
         """Advance everything by one batch; by more, up to `n_steps_max`, while there is no news.
 
-        An error that concerns one request ends that request and is kept in `Request.error`.
-        Raises `DecodeError` when the context itself fails; then every request has ended with it.
+        Return False when nothing could be done: all that runs is held. An error that concerns one
+        request ends that request and is kept in `Request.error`. Raises `DecodeError` when the
+        context itself fails; then every request has ended with it.
         """
         if self._interrupted:
             self._recover()
         self._interrupted = True
+        until_us = self._expire() if self._deadlines else 0
         if self._waiting:
             self._admit()
+        before = self.stepper.n_steps
         try:
-            news = self.stepper.step(self._budget, n_steps_max, self._processors)
+            news = self.stepper.step(self._budget, n_steps_max, self._processors, until_us)
         except KVCacheFullError as error:
-            if not self._cache.evict(self._idle()):
-                self._give_way(error)
+            logs.flush(expected=True)
+            self._make_room(error)
             self._interrupted = False
-            return
+            return True
         except DecodeAborted:
-            return  # nothing is lost: the next step decodes again what was dropped
+            logs.flush(expected=True)
+            self._interrupted = False
+            return True  # nothing is lost: the next step decodes again what was dropped
         except DecodeError as error:
             self._interrupted = False
-            for request in self._requests():
-                self._fail(request, error)
+            self.fail_all(error)
             raise
         finally:
             if _core.log_pending():
@@ -100,8 +201,11 @@ class Scheduler:
         for slot in news:
             sequence = self._running.get(slot)
             if sequence is not None:
-                self._collect(sequence)
+                if self._takes_checkpoint(sequence):
+                    self._checkpoint(sequence, slot)
+                self._delivery.collect(sequence)
         self._interrupted = False
+        return self.stepper.n_steps != before or bool(news)
 
     def prompt_logprobs(self, request: Request) -> list[RawLogprobs]:
         """Return the prompt's log-probabilities so far, from the sequence that prefills it."""
@@ -113,41 +217,113 @@ class Scheduler:
                 return found
         return []
 
-    def _requests(self) -> set[Request]:
-        return {s.request for s in (*self._running.values(), *self._waiting)}
+    def _requests(self) -> dict[Request, None]:
+        everybody = (*self._running.values(), *self._waiting, *self._parked)
+        return {sequence.request: None for sequence in everybody}
 
     def _idle(self) -> list[int]:
         return [slot for slot in range(self.stepper.n_slots) if slot not in self._running]
 
-    def _give_way(self, error: KVCacheFullError) -> None:
-        """End the sequence that was admitted last: the memory that all share is full."""
-        youngest = next(reversed(self._running.values()))
-        if youngest.slot is not None and self.stepper.progress(youngest.slot)[3] > 0:
-            self._retire(youngest, "length", None)
-        else:
-            self._fail(youngest.request, error)
+    def _expire(self) -> int:
+        """End requests whose time is over; return the next deadline, 0 for none."""
+        now, first = _core.time_us(), 0
+        for request in list(self._deadlines):
+            if request.done:
+                del self._deadlines[request]
+            elif request.deadline_us <= now:
+                seconds = (request.deadline_us - request.submit_us) / 1e6
+                self._fail(request, RequestTimeoutError(f"not done within {seconds:g} s"))
+            else:
+                first = min(first or request.deadline_us, request.deadline_us)
+        return first
 
     def _recover(self) -> None:
         """Finish what a signal has cut short: it came between the core's work and ours."""
         for slot in self._idle():
             self.stepper.release(slot)
         for sequence in list(self._running.values()):
-            self._collect(sequence)
+            self._delivery.collect(sequence)
         self._interrupted = False
 
     def _admit(self) -> None:
-        while self._waiting and len(self._running) < self.stepper.n_slots:
+        while (sequence := self._waiting.first()) is not None:
+            if self._no_cells_for == (sequence, self._n_left):
+                return
+            if len(self._running) == self.stepper.n_slots and not self._free_a_slot(sequence):
+                return
             # It leaves the queue last: a signal in between must not lose it.
-            sequence = self._waiting[0]
             try:
-                if sequence.slot is None or self._running.get(sequence.slot) is not sequence:
-                    self._assign(sequence)
+                started = sequence.slot is not None and sequence is self._running.get(sequence.slot)
+                if not started and not self._start(sequence):
+                    self._no_cells_for = (sequence, self._n_left)
+                    return
             except LlamaCrabError as error:
                 self._fail(sequence.request, error)
             else:
-                self._waiting.popleft()
+                self._waiting.remove(sequence)
 
-    def _assign(self, sequence: Sequence) -> None:
+    def _free_a_slot(self, wanted: Sequence) -> bool:
+        """Suspend a sequence that must not keep `wanted` waiting; return False if none must."""
+        victims = list(self._held)
+        if not victims and min(self._priorities) < wanted.request.priority:
+            victims = [
+                sequence
+                for sequence in self._running.values()
+                if sequence.request.priority < wanted.request.priority
+            ]
+        if victims:
+            self._suspend(max(victims, key=_rank))
+        return bool(victims)
+
+    def _make_room(self, error: KVCacheFullError) -> None:
+        """Take cells from what needs them least: a unified cache is full."""
+        if self.cache.evict(self._idle()):
+            return
+        last = max(self._held or self._running.values(), key=_rank)
+        if len(self._running) > 1:
+            self._suspend(last)
+        elif last.slot is not None and self.stepper.progress(last.slot)[3] > 0:
+            self._delivery.retire(last, "length", None)
+        else:
+            self._fail(last.request, error)
+
+    def _fits(self, place: Placement, n_tokens: int) -> bool:
+        """Make room for a sequence of `n_tokens`; return False while others need the cells."""
+        if not self._unified:
+            return True
+        margin = _CELLS_TO_GROW * (len(self._running) + 1)
+        needed = min(n_tokens - place.n_reused + margin, self.context.n_ctx)
+        idle = [slot for slot in self._idle() if slot not in (place.slot, place.source)]
+        while self.stepper.n_cells_used + needed > self.context.n_ctx:
+            if self.cache.evict(idle):
+                continue
+            if not self._held:
+                return not self._running
+            self._suspend(max(self._held, key=_rank))
+        return True
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Give a sequence a slot; return False when there are no cells for it yet."""
+        request, suspension = sequence.request, sequence.suspension
+        ids = suspension.ids if suspension else array("i", request.prompt)
+        leader = -1 if suspension else self._leader(request)
+        reuse = request.cache_prompt and not request.prompt_logprobs and leader < 0
+        place = self.cache.place(ids, request.adapters, self._idle(), reuse=reuse)
+        if leader >= 0:
+            place.leader, place.n_shared = leader, len(ids)
+        if not self._fits(place, len(ids)):
+            return False
+        if suspension:
+            self._resume(sequence, suspension, place)
+        else:
+            self._assign(sequence, place)
+        self.cache.hold(place.slot, ids, request.adapters)
+        sequence.slot = place.slot
+        self._running[place.slot] = sequence
+        self._priorities[request.priority] += 1
+        return True
+
+    def _assign(self, sequence: Sequence, place: Placement) -> None:
         request = sequence.request
         sampler = request.sampler.compile(
             self.context.model, request.seed, request.logit_bias, choice=sequence.index
@@ -156,28 +332,84 @@ class Scheduler:
             from .processors import Processors
 
             self._processors = Processors(self.stepper, self._running)
-        leader = self._leader(request)
-        reuse = request.cache_prompt and not request.prompt_logprobs and leader < 0
-        slot, n_keep = self._cache.best(self._idle(), request.prompt)
+        checkpoint = len(request.prompt) - 1 if self._takes_checkpoint(sequence) else -1
         self.stepper.assign(
-            slot,
+            place.slot,
             request.prompt,
             sampler=sampler,
-            n_keep=n_keep if reuse else 0,
-            leader=leader,
+            source=place.source,
+            n_keep=place.n_keep,
+            leader=place.leader,
+            n_shared=place.n_shared,
+            checkpoint=checkpoint,
+            rank=request.rank,
+            adapters=request.adapters,
             max_tokens=-1 if request.max_tokens is None else request.max_tokens,
             min_tokens=request.min_tokens,
             stop_tokens=request.stop_tokens,
             n_logprobs=request.n_logprobs,
-            prompt_logprobs=request.prompt_logprobs and leader < 0,
+            prompt_logprobs=request.prompt_logprobs and place.leader < 0,
             ignore_eos=request.ignore_eos,
             special=request.special,
             emit=request.emit,
             processed=bool(request.logits_processors),
         )
-        self._cache.touch(slot)
-        sequence.slot = slot
-        self._running[slot] = sequence
+
+    def _suspend(self, sequence: Sequence) -> None:
+        """Take a running sequence out of its slot, to go on later from where it is."""
+        self._delivery.pause(sequence)
+        slot = sequence.slot
+        if slot is None:
+            return  # it had ended
+        ids = array("i", self.stepper.tokens(slot))
+        n_past = self.stepper.progress(slot)[2]
+        state = self.stepper.save(slot) if n_past >= MIN_SHARED else None
+        if state is not None and len(state) > self._swap_bytes_left:
+            state = None
+        self._swap_bytes_left -= len(state or b"")
+        held = sequence in self._held
+        sequence.suspension = Suspension(self.stepper.suspend(slot), ids, n_past, state)
+        self.cache.forget(slot)
+        self._free(sequence, slot)
+        self.n_suspended += 1
+        if held:
+            self._parked[sequence] = None
+        else:
+            self._waiting.push(sequence)
+
+    def _resume(self, sequence: Sequence, suspension: Suspension, place: Placement) -> None:
+        """Go on in a slot with the state that was saved, or with what the cache has of it."""
+        if suspension.state is not None and suspension.n_past > place.n_keep:
+            tokens = suspension.ids[: suspension.n_past]
+            adapters = sequence.request.adapters
+            try:
+                if self.stepper.restore(place.slot, tokens, suspension.state, adapters):
+                    place.source, place.n_keep = -1, suspension.n_past
+            except StateError:  # it has emptied the slot; what is missing is computed again
+                if place.source < 0:
+                    place.n_keep = 0
+        self.stepper.resume(place.slot, suspension.slot, place.source, place.n_keep)
+        self._drop_suspension(sequence)
+
+    def _drop_suspension(self, sequence: Sequence) -> None:
+        if sequence.suspension is not None:
+            self._swap_bytes_left += len(sequence.suspension.state or b"")
+            sequence.suspension = None
+
+    def _takes_checkpoint(self, sequence: Sequence) -> bool:
+        """Whether its state at the end of the prompt is wanted: it cannot be cut to it later."""
+        request = sequence.request
+        return (
+            not self.stepper.can_cut
+            and self.cache.keeps_snapshots
+            and request.cache_prompt
+            and len(request.prompt) > MIN_SHARED
+        )
+
+    def _checkpoint(self, sequence: Sequence, slot: int) -> None:
+        ids = sequence.request.prompt[:-1]
+        if self.stepper.progress(slot)[2] == len(ids):
+            self.cache.checkpoint(slot, array("i", ids), sequence.request.adapters)
 
     def _leader(self, request: Request) -> int:
         """Return the slot that is prefilling the same request's prompt, or -1."""
@@ -186,88 +418,28 @@ class Scheduler:
                 return other.slot
         return -1
 
-    def _collect(self, sequence: Sequence) -> None:
-        """Take what is new from the core; end the sequence if it has finished."""
-        slot = sequence.slot
-        if slot is None:
-            return
-        told = sequence.n_tokens_told
-        data, tokens, ends, reason = self.stepper.news(slot, sequence.n_bytes, told)
-        sequence.n_bytes += len(data)
-        text = sequence.stream.push(data)
-        if sequence.stream.stop is not None:
-            self._retire(sequence, "stop", sequence.stream.stop, text)
-        elif reason is None:
-            self._tell(sequence, text, tokens, ends)
-        elif reason == "error":
-            self._tell(sequence, text, tokens, ends)
-            error = sequence.error or SamplerError(self.stepper.error(slot))
-            self._fail(sequence.request, error)
-        elif reason == "stop_token":
-            self._retire(sequence, "stop", self.stepper.finish(slot)[1], text)
-        elif reason == "eog":
-            self._retire(sequence, "stop", None, text)
-        elif reason != "cancelled":
-            self._retire(sequence, "length", None, text)
+    def _hold(self, sequence: Sequence, slot: int) -> None:
+        self.stepper.hold(slot, True)
+        self._held[sequence] = None
 
-    def _tell(self, sequence: Sequence, text: str, tokens: list[int], ends: list[int]) -> None:
-        """Hand the text and the tokens that made it to a streaming reader."""
-        if text:
-            sequence.text_parts.append(text)
-        request, slot = sequence.request, sequence.slot
-        if not request.stream or slot is None:
-            return
-        if sequence.stream.end < sequence.n_bytes:
-            # Tokens that may yet turn out to spell a stop string wait with their text.
-            n = sequence.stream.n_tokens(sequence.n_bytes_told, ends)
-            del tokens[n:], ends[n:]
-        if not tokens and not text:
-            return
-        told = sequence.n_tokens_told
-        raw = [] if request.logprobs is None else self.stepper.logprobs(slot, told)[: len(tokens)]
-        sequence.n_tokens_told = told + len(tokens)
-        sequence.n_bytes_told = ends[-1] if ends else sequence.n_bytes_told
-        request.news.append(News(sequence, text, tuple(tokens), raw, False))
+    def _leave(self, sequence: Sequence, slot: int) -> None:
+        self.cache.keep(slot)
+        self._free(sequence, slot)
 
-    def _retire(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        stop_reason: str | int | None,
-        text: str = "",
-    ) -> None:
-        """End a sequence: take the rest from its slot and free it."""
-        slot = sequence.slot
-        if slot is None:
-            return
-        data, sequence.tokens, ends, _ = self.stepper.news(slot, sequence.n_bytes, 0)
-        sequence.n_bytes += len(data)
-        text += sequence.stream.push(data) + sequence.stream.flush()
-        if sequence.stream.stop is not None:
-            # The rest spelt the stop string.
-            del sequence.tokens[sequence.stream.n_tokens(0, ends) :]
-        sequence.logprobs = self.stepper.logprobs(slot)[: len(sequence.tokens)]
-        sequence.prompt_logprobs = self.stepper.prompt_logprobs(slot)
-        sequence.n_cached = self.stepper.progress(slot)[1]
-        sequence.times = self.stepper.times(slot)
-        sequence.finish_reason = reason
-        sequence.stop_reason = stop_reason
-        if text:
-            sequence.text_parts.append(text)
-        if sequence.request.stream:
-            told = sequence.n_tokens_told
-            raw = [] if sequence.request.logprobs is None else sequence.logprobs[told:]
-            last = News(sequence, text, tuple(sequence.tokens[told:]), raw, True)
-            sequence.request.news.append(last)
-        self.stepper.release(slot)
-        self._cache.touch(slot)
-        self._running.pop(slot, None)
+    def _free(self, sequence: Sequence, slot: int) -> None:
+        if self._running.pop(slot, None) is not None:
+            self._priorities[sequence.request.priority] -= 1
+            if not self._priorities[sequence.request.priority]:
+                del self._priorities[sequence.request.priority]
+        self._held.pop(sequence, None)
+        self._n_left += 1
         sequence.slot = None
-        request = sequence.request
-        if all(other.finish_reason is not None for other in request.sequences):
-            request.end_us = _core.time_us()
 
     def _fail(self, request: Request, error: Exception) -> None:
         request.error = error
         self.cancel(request)
         request.end_us = request.end_us or _core.time_us()
+
+
+def _rank(sequence: Sequence) -> int:
+    return sequence.request.rank

@@ -86,11 +86,9 @@ cdef class LoraAdapter:
         return tuple([ids[i] for i in range(n)])
 
 
-cdef object _set_adapters(Context context, object adapters):
-    cdef vector[nat.AdapterPtr] pointers
-    cdef vector[float] scales
-    cdef nat.Status status
-    cdef uint64_t mark = nat.log_mark()
+cdef int _adapter_set(Context context, object adapters, vector[nat.AdapterPtr] &pointers,
+                      vector[float] &scales) except -1:
+    """Check a mapping of adapter to scale and take it apart."""
     cdef LoraAdapter adapter
     for item, scale in adapters.items():
         adapter = <LoraAdapter?> item
@@ -99,6 +97,15 @@ cdef object _set_adapters(Context context, object adapters):
             raise errors.AdapterError("the adapter was loaded for another Model")
         pointers.push_back(adapter._c_adapter)
         scales.push_back(_number("scale", scale))
+    return 0
+
+
+cdef object _set_adapters(Context context, object adapters):
+    cdef vector[nat.AdapterPtr] pointers
+    cdef vector[float] scales
+    cdef nat.Status status
+    cdef uint64_t mark = nat.log_mark()
+    _adapter_set(context, adapters, pointers, scales)
     cdef nat.ContextHandle *handle = context._enter(True)
     with nogil:
         nat.set_adapters(deref(handle), pointers, scales, status)

@@ -72,27 +72,65 @@ cdef class Stepper:
         """Microseconds spent on output rows so far: log-probabilities, sampling, detokenising."""
         return self._require_open().sample_us
 
-    def reusable_prefix(self, int i, tokens):
-        """Return how many leading `tokens` slot `i` already holds and may keep."""
+    @property
+    def can_cut(self):
+        """Whether any prefix of a sequence can be kept without the rest.
+
+        Not of a recurrent state; of a sliding window only while it covers the place.
+        """
+        return self._require_open().can_cut()
+
+    @property
+    def can_abort(self):
+        """Whether a batch that `Context.abort` stopped can be decoded again."""
+        return self._require_open().can_abort()
+
+    @property
+    def n_cells_used(self):
+        """Cells of the KV cache in use; those that sequences share are counted once."""
+        return self._require_open().n_cells_used()
+
+    @property
+    def target_us(self):
+        """Microseconds between two tokens of an answer that prompts in its batch may not exceed.
+
+        0 for no bound. At least 32 prompt tokens are taken in any case.
+        """
+        return self._require_open().budget.target_us
+
+    @target_us.setter
+    def target_us(self, int64_t value):
+        self._require_open().budget.target_us = value
+
+    def reusable_prefix(self, int i, tokens, int32_t adapters=0):
+        """Return how many leading `tokens` slot `i` has in memory, to be kept or copied.
+
+        They must have been computed with LoRA set `adapters`.
+        """
         cdef nat.CStepper *stepper = self._require_open()
         cdef vector[int32_t] ids
         self._require_slot(i)
         _tokens(tokens, ids)
         cdef nat.ContextHandle *handle = self._context._enter(False)
-        cdef int32_t n = stepper.reusable_prefix(i, ids)
+        cdef int32_t n = stepper.reusable_prefix(i, ids, adapters)
         handle.leave()
         return n
 
     def assign(self, int i, prompt, *, sampler not None, int32_t n_keep, int32_t leader,
                int32_t max_tokens, int32_t min_tokens, stop_tokens, int32_t n_logprobs,
                bint prompt_logprobs, bint ignore_eos, bint special, bint emit,
-               bint processed=False):
-        """Give slot `i` a request; return how many prompt tokens were kept in memory.
+               bint processed=False, int32_t source=-1, int32_t n_shared=-1,
+               int32_t checkpoint=-1, int64_t rank=0, int32_t adapters=0):
+        """Give slot `i` a request; return how many prompt tokens are in memory.
 
-        `sampler` is a chain `Sampler` or a `FusedSampler`; `processed` has `step` hand its rows
-        out; `leader` >= 0 names the slot whose prefill of the same prompt
-        this one copies; `max_tokens` < 0 goes on until the context is full; `n_logprobs` < 0 asks
-        for none; `emit` reports every token instead of the end only.
+        The first `n_keep` tokens are those that slot `source` has (-1: slot `i` itself). `leader`
+        >= 0 names the slot whose prefill this one waits for: it copies the first `n_shared` tokens
+        (-1: the whole prompt, and samples from the same row). `sampler` is a chain `Sampler` or a
+        `FusedSampler`; `processed` has `step` hand its rows out; `checkpoint` is a prompt position
+        at which prefill pauses once and `step` returns; of several prompts the one with the
+        smallest `rank` goes first; `adapters` is the index of a LoRA set; `max_tokens` < 0 goes on
+        until the context is full; `n_logprobs` < 0 asks for none; `emit` reports every token
+        instead of the end only.
         """
         cdef nat.CStepper *stepper = self._require_open()
         cdef nat.SlotRequest request
@@ -126,8 +164,17 @@ cdef class Stepper:
             self._require_slot(leader)
             if not stepper.slot(leader).active or leader == i:
                 raise ValueError(f"slot {leader} cannot lead slot {i}")
+        if source >= 0:
+            self._require_slot(source)
+        if not 0 <= adapters < stepper.n_adapter_sets():
+            raise ValueError(f"there is no LoRA set {adapters}")
+        request.source = source
         request.n_keep = n_keep
         request.leader = leader
+        request.n_shared = <int32_t> request.prompt.size() if n_shared < 0 else n_shared
+        request.checkpoint = checkpoint
+        request.rank = rank
+        request.adapters = adapters
         request.max_tokens = max_tokens
         request.min_tokens = min_tokens
         request.n_logprobs = min(n_logprobs, n_vocab)
@@ -148,7 +195,7 @@ cdef class Stepper:
             raise _error(errors.SamplerError, status, mark, "the sampler refused the prompt")
         return kept
 
-    def step(self, int32_t n_tokens_max, int n_steps_max=1, process=None):
+    def step(self, int32_t n_tokens_max, int n_steps_max=1, process=None, int64_t until_us=0):
         """Decode up to `n_tokens_max` tokens and sample; return the slots with news as a list.
 
         A slot appears for each token when it asked to `emit`, and when it has finished. Without
@@ -182,6 +229,8 @@ cdef class Stepper:
                 with nogil:
                     stepper.sample(status)
                 if status.kind != nat.STATUS_OK or not stepper.events.empty() or self._pause:
+                    break
+                if until_us > 0 and lib.llama_time_us() >= until_us:
                     break
                 PyErr_CheckSignals()
         finally:
@@ -232,6 +281,54 @@ cdef class Stepper:
         finally:
             handle.leave()
         self._samplers[i] = None
+
+    def hold(self, int i, bint held):
+        """Leave slot `i` out of batches, or take it in again."""
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        stepper.hold(i, held)
+
+    def suspend(self, int i):
+        """Take slot `i`'s request out of it, and its sequence out of memory; see `resume`."""
+        return _suspend(self, i)
+
+    def resume(self, int i, SuspendedSlot suspended not None, int32_t source, int32_t n_keep):
+        """Go on in slot `i` with what `suspend` took out of one.
+
+        The first `n_keep` tokens are those that slot `source` has (-1: slot `i` itself); the others
+        are decoded again. Return how many tokens are in memory.
+        """
+        return _resume(self, i, suspended, source, n_keep)
+
+    def save(self, int i):
+        """Return the state of all that slot `i` has in memory as bytes.
+
+        None while a copy of it is to be made by the next step. Raises `StateError`.
+        Wraps ``llama_state_seq_get_data_ext``.
+        """
+        return _save(self, i)
+
+    def restore(self, int i, tokens, data, int32_t adapters=0):
+        """Put a state that `save` returned, of these `tokens`, into idle slot `i`.
+
+        Return False, and change nothing, while a copy of the slot is to be made by the next step.
+        Raises `StateError` for data that does not fit; the slot is empty then.
+        Wraps ``llama_state_seq_set_data_ext``.
+        """
+        return _restore(self, i, tokens, data, adapters)
+
+    def set_adapters(self, int32_t index, adapters):
+        """Make a mapping of `LoraAdapter` to scale the LoRA set `index` (1 and up) of `assign`."""
+        _set_slot_adapters(self, index, adapters)
+
+    def n_in_batch(self, int i):
+        """Return how many of slot `i`'s tokens are being decoded at this moment.
+
+        Thread-safety: from any thread.
+        """
+        cdef nat.CStepper *stepper = self._require_open()
+        self._require_slot(i)
+        return stepper.n_in_batch(i)
 
     def is_active(self, int i):
         """Return True while slot `i` works on a request."""

@@ -138,6 +138,8 @@ ContextPtr create_context(ModelPtr model, llama_context_params params, Status & 
         result = std::make_shared<ContextHandle>(std::move(model), ctx);
         result->n_outputs_max = params.n_outputs_max != 0
             ? (int32_t) params.n_outputs_max : (int32_t) llama_n_batch(ctx);
+        result->kv_unified = params.kv_unified;
+        result->swa_full   = params.swa_full;
         result->set_threads(params.n_threads, params.n_threads_batch);
     });
     return result;

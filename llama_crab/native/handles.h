@@ -75,6 +75,8 @@ public:
     const int       generation;
     bool            broken        = false;  // an assertion fired inside: its state is unknown
     int32_t         n_outputs_max = 0;
+    bool            kv_unified    = false;
+    bool            swa_full      = false;
 
     // Frees pools that set_threads replaced. ggml's CPU backend pauses the pool of its last graph
     // when it gets another one, so they must live until the next graph has run.

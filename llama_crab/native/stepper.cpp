@@ -22,9 +22,13 @@ Stepper::Stepper(ContextPtr context)
       n_swa_(llama_model_n_swa(context_->model->model)),
       recurrent_(llama_model_is_recurrent(context_->model->model) ||
                  llama_model_is_hybrid(context_->model->model)),
+      unified_(context_->kv_unified || llama_n_seq_max(context_->ctx) == 1),
       batch_(llama_batch_init(n_batch_, 0, 1)),
       slots_((size_t) llama_n_seq_max(context_->ctx)),
-      added_(slots_.size(), 0) {
+      added_(slots_.size(), 0),
+      in_batch_(slots_.size()),
+      copy_pending_(slots_.size(), 0),
+      adapter_sets_(1) {
     for (llama_token id = 0; id < n_vocab_; ++id) {
         if (llama_vocab_is_eog(vocab_, id)) {
             eog_tokens_.push_back(id);
@@ -38,140 +42,22 @@ Stepper::~Stepper() {
     llama_batch_free(batch_);
 }
 
-int32_t Stepper::reusable_prefix(int32_t i, const std::vector<llama_token> & tokens) const {
-    const Slot & slot = slots_[(size_t) i];
-    if (slot.active || tokens.empty()) {
-        return 0;
-    }
-    // The last prompt token is always decoded: its logits are needed.
-    const int32_t limit = std::min(slot.n_past, (int32_t) tokens.size() - 1);
-    int32_t n = 0;
-    while (n < limit && slot.tokens[(size_t) n] == tokens[(size_t) n]) {
-        ++n;
-    }
-    if (n == 0 || n == slot.n_past) {
-        return n;
-    }
-    // Part of the sequence must go. A recurrent state cannot be cut, and a sliding window may have
-    // dropped cells that the shorter prefix still attends to (llama_memory_seq_rm does not say so).
-    if (recurrent_) {
-        return 0;
-    }
-    if (llama_memory_seq_pos_min(memory_, i) > std::max(0, n - n_swa_)) {
-        return 0;
-    }
-    return n;
-}
-
-int32_t Stepper::assign(int32_t i, SlotRequest request, Status & status) {
-    Slot fresh;
-    fresh.tokens.reserve(request.prompt.size() +
-                         (size_t) std::max(0, std::min(request.max_tokens, n_ctx_seq_)));
-    fresh.tokens.assign(request.prompt.begin(), request.prompt.end());
-    int32_t n_keep = request.leader >= 0 ? 0 : request.n_keep;
-    guarded(status, [&] {
-        if (slots_[(size_t) i].n_past > n_keep && !llama_memory_seq_rm(memory_, i, n_keep, -1)) {
-            n_keep = 0;
-        }
-        if (n_keep == 0) {
-            llama_memory_seq_rm(memory_, i, -1, -1);
-        }
-    });
-    fresh.n_prompt = (int32_t) fresh.tokens.size();
-    fresh.n_past   = n_keep;
-    fresh.n_cached = n_keep;
-    fresh.order    = next_order_++;
-    fresh.start_us = llama_time_us();
-    request.sampler->accept_prompt(fresh.tokens.data(), fresh.tokens.size(), status);
-    fresh.active  = status.kind == Status::ok;
-    fresh.request = std::move(request);
-    fresh.request.prompt.clear();
-    slots_[(size_t) i] = std::move(fresh);
-    return n_keep;
-}
-
-void Stepper::add_token(int32_t i, bool output) {
-    Slot & slot = slots_[(size_t) i];
-    const int32_t at  = batch_.n_tokens++;
-    const int32_t pos = slot.n_past + added_[(size_t) i]++;
-    batch_.token[at]     = slot.tokens[(size_t) pos];
-    batch_.pos[at]       = pos;
-    batch_.n_seq_id[at]  = 1;
-    batch_.seq_id[at][0] = i;
-    batch_.logits[at]    = output ? 1 : 0;
-    if (output) {
-        rows_.push_back({i, at, pos + 1});
-    }
-}
-
-void Stepper::plan(int32_t n_tokens_max) {
-    batch_.n_tokens = 0;
-    rows_.clear();
-    std::fill(added_.begin(), added_.end(), 0);
-    const int32_t budget = std::min(n_tokens_max, n_batch_);
-
-    plan_order_.clear();
-    for (int32_t i = 0; i < n_slots(); ++i) {
-        Slot & slot = slots_[(size_t) i];
-        if (!slot.active || slot.request.leader >= 0) {
-            continue;
-        }
-        // Sequences that generate come first: a prompt must not stall them.
-        if (slot.decoding() && batch_.n_tokens + slot.n_waiting() <= budget &&
-            (int32_t) rows_.size() < context_->n_outputs_max) {
-            for (int32_t left = slot.n_waiting(); left > 0; --left) {
-                add_token(i, left == 1);
-            }
-        } else {
-            plan_order_.push_back(i);
-        }
-    }
-    std::sort(plan_order_.begin(), plan_order_.end(), [&](int32_t a, int32_t b) {
-        return slots_[(size_t) a].order < slots_[(size_t) b].order;
-    });
-    for (int32_t i : plan_order_) {
-        const Slot & slot = slots_[(size_t) i];
-        for (int32_t left = slot.n_waiting(); left > 0 && batch_.n_tokens < budget; --left) {
-            const int32_t pos    = slot.n_past + added_[(size_t) i];
-            const bool    output = left == 1 || (slot.request.prompt_logprobs && pos < slot.n_prompt);
-            if (output && (int32_t) rows_.size() >= context_->n_outputs_max) {
-                break;
-            }
-            add_token(i, output);
-        }
-    }
-}
-
-// A failed or aborted ubatch drops every sequence in it from its first position there, so what is
-// in memory is asked, not assumed. The dropped tokens are decoded again by the next plan; so are
-// those of earlier ubatches that were to give a row, because a failed call keeps no rows.
-void Stepper::resync() {
-    for (int32_t i = 0; i < n_slots(); ++i) {
-        Slot & slot = slots_[(size_t) i];
-        const int32_t n_in_memory = llama_memory_seq_pos_max(memory_, i) + 1;
-        int32_t n = std::min((int32_t) slot.tokens.size(), n_in_memory);
-        for (const Row & row : rows_) {
-            if (row.slot == i) {
-                n = std::min(n, row.target - 1);
-            }
-        }
-        if (n < n_in_memory && !llama_memory_seq_rm(memory_, i, n, -1)) {
-            llama_memory_seq_rm(memory_, i, -1, -1);
-            n = 0;
-        }
-        slot.n_past = n;
-    }
-}
-
 void Stepper::decode(int32_t n_tokens_max, Status & status) {
     events.clear();
     processed_.clear();
+    choose_adapters(status);
     plan(n_tokens_max);
-    if (batch_.n_tokens == 0) {
+    if (batch_.n_tokens == 0 || status.kind != Status::ok) {
         return;
     }
     const int64_t begin_us = llama_time_us();
     run_batch(*context_, batch_, false, status);
+    for (std::atomic<int32_t> & n : in_batch_) {
+        n.store(0, std::memory_order_relaxed);
+    }
+    if (status.kind == Status::ok || status.code == 1 || status.code == 2) {
+        std::fill(copy_pending_.begin(), copy_pending_.end(), 0);
+    }
     if (status.kind != Status::ok) {
         if (!context_->broken && status.code != 1) {
             resync();
@@ -181,11 +67,19 @@ void Stepper::decode(int32_t n_tokens_max, Status & status) {
     ++n_steps;
     n_decoded += batch_.n_tokens;
     for (size_t i = 0; i < slots_.size(); ++i) {
-        slots_[i].n_past += added_[i];
+        slots_[i].grow(added_[i]);
+        if (added_[i] > 0 && slots_[i].n_past == slots_[i].request.checkpoint) {
+            tell((int32_t) i);
+        }
     }
     // The device works asynchronously until its output is asked for.
-    guarded(status, [&] { llama_synchronize(context_->ctx); });
-    decode_us += llama_time_us() - begin_us;
+    guarded(status, [&] {
+        start_sharers();
+        llama_synchronize(context_->ctx);
+    });
+    const int64_t us = llama_time_us() - begin_us;
+    decode_us += us;
+    budget.observe(n_decoding_, n_prompt_, us);
 }
 
 const std::vector<int32_t> & Stepper::slots_to_process() {
@@ -252,9 +146,9 @@ void Stepper::start_followers(int32_t leader) {
         if (!slot.active || slot.request.leader != leader) {
             continue;
         }
-        llama_memory_seq_cp(memory_, leader, i, -1, -1);
+        copy_cells(leader, i, slot.n_prompt);
+        slot.borrow(slots_[(size_t) leader], slot.n_prompt);
         slot.request.leader = -1;
-        slot.n_past         = slot.n_prompt;
         slot.n_cached       = slot.n_prompt;
         sample_row(i);
     }
@@ -425,18 +319,24 @@ void Stepper::release(int32_t i, Finish reason) {
     Slot & slot = slots_[(size_t) i];
     slot.active = false;
     slot.finish = reason;
-    // A follower whose leader ends before its prompt is done prefills for itself.
-    for (Slot & other : slots_) {
-        if (other.active && other.request.leader == i) {
-            other.request.leader = -1;
+    // Of those that wait for its prompt one goes on, and leads the others: what each has in common
+    // with the old leader they have in common with each other.
+    Slot *  heir    = nullptr;
+    int32_t heir_at = -1;
+    for (int32_t k = 0; k < n_slots(); ++k) {
+        Slot & other = slots_[(size_t) k];
+        if (!other.active || other.request.leader != i) {
+            continue;
+        }
+        if (heir == nullptr) {
+            heir = &other;
+            heir_at = k;
+            heir->request.leader = -1;
+        } else {
+            other.request.leader   = heir_at;
+            other.request.n_shared = std::min(other.request.n_shared, heir->request.n_shared);
         }
     }
-}
-
-void Stepper::clear(int32_t i) {
-    release(i, Finish::none);
-    llama_memory_seq_rm(memory_, i, -1, -1);
-    slots_[(size_t) i] = Slot();
 }
 
 }  // namespace llama_crab

@@ -2,71 +2,23 @@
 // needs it, turn the tokens into bytes.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "handles.h"
 #include "logits_row.h"
-#include "row_sampler.h"
+#include "slot.h"
+#include "step_budget.h"
 
 namespace llama_crab {
 
-enum class Finish : int32_t {
-    none         = 0,
-    eog          = 1,  // an end-of-generation token was sampled
-    stop_token   = 2,  // one of the request's stop tokens was sampled
-    length       = 3,  // max_tokens reached
-    context_full = 4,  // no position left in the sequence
-    error        = 5,  // sampling failed; see Slot::error
-    cancelled    = 6,
-};
-
-struct TokenLogprobs {
-    float                                  logprob;  // of the token itself
-    std::vector<std::pair<int32_t, float>> top;      // (id, logprob), descending
-};
-
-// What a request asks of one sequence. Lengths and ids were checked by L2.
-struct SlotRequest {
-    std::vector<llama_token> prompt;
-    int32_t                  n_keep         = 0;   // leading prompt tokens that stay in memory
-    int32_t                  leader         = -1;  // slot whose prefill this one copies
-    int32_t                  max_tokens     = -1;  // < 0: until the context is full
-    int32_t                  min_tokens     = 0;
-    int32_t                  n_logprobs     = -1;  // < 0: none; else size of `top`
-    bool                     prompt_logprobs = false;
-    bool                     ignore_eos     = false;
-    bool                     special        = false;  // render control tokens
-    bool                     emit           = false;  // report each token, not the end only
-    std::vector<llama_token> stop_tokens;             // sorted
-    RowSampler *             sampler        = nullptr;  // borrowed
-    bool                     processed      = false;  // its rows pass through Python first
-};
-
-// One sequence of the context and what it is working on. tokens[0, n_past) are in memory.
-struct Slot {
-    bool                       active = false;
-    Finish                     finish = Finish::none;
-    SlotRequest                request;
-    std::vector<llama_token>   tokens;
-    int32_t                    n_past   = 0;
-    int32_t                    n_prompt = 0;
-    int32_t                    n_cached = 0;  // prompt tokens that needed no decode
-    std::string                text;          // bytes of all generated tokens
-    std::vector<int32_t>       text_ends;     // byte offset after each generated token
-    std::vector<TokenLogprobs> logprobs;      // per generated token, when asked for
-    std::vector<TokenLogprobs> prompt_logprobs;  // per prompt token but the first
-    llama_token                stop_token = LLAMA_TOKEN_NULL;
-    std::string                error;
-    uint64_t                   order = 0;     // admission order: first come, first prefilled
-    int64_t                    start_us = 0, first_us = 0, last_us = 0, sample_us = 0;
-
-    int32_t n_generated() const { return (int32_t) tokens.size() - n_prompt; }
-    int32_t n_waiting()   const { return (int32_t) tokens.size() - n_past; }
-    // Several tokens wait when the sampler knew them without a row (RowSampler::forced).
-    bool    decoding()    const { return n_generated() >= n_waiting() && n_waiting() > 0; }
+// LoRA adapters with their scales; sequences with the same set share batches.
+struct AdapterSet {
+    std::vector<AdapterPtr> adapters;
+    std::vector<float>      scales;
 };
 
 class Stepper {
@@ -75,12 +27,27 @@ public:
     ~Stepper();
     Stepper(const Stepper &) = delete;
 
-    // Longest prefix of `tokens` whose memory slot `i` can keep; 0 when it cannot be trusted.
-    int32_t reusable_prefix(int32_t i, const std::vector<llama_token> & tokens) const;
+    // How many leading `tokens` slot `i` has in memory such that it can be cut there, or copied;
+    // 0 when they cannot be trusted.
+    int32_t reusable_prefix(int32_t i, const std::vector<llama_token> & tokens,
+                            int32_t adapters) const;
 
-    // Gives slot `i` a request. Returns the prompt tokens kept, which is 0 when llama.cpp refuses
-    // to remove the rest of the old sequence.
+    // Gives slot `i` a request. Returns the prompt tokens that are in memory, which is 0 when
+    // llama.cpp refuses to remove the rest of the old sequence.
     int32_t assign(int32_t i, SlotRequest request, Status & status);
+
+    // Takes slot `i`'s work away with all it has given so far; its memory is removed.
+    std::unique_ptr<Slot> suspend(int32_t i);
+
+    // Goes on with it in slot `i`, whose first n_keep cells come from `source` as in `assign`.
+    int32_t resume(int32_t i, std::unique_ptr<Slot> slot, int32_t source, int32_t n_keep,
+                   Status & status);
+
+    // The state of idle or running slot `i` (all that is in memory), and back into an idle one.
+    // False where a copy that llama.cpp has put off would be missed or overwrite it.
+    bool save(int32_t i, std::vector<uint8_t> & out, Status & status);
+    bool restore(int32_t i, const std::vector<llama_token> & tokens, int32_t adapters,
+                 const uint8_t * data, size_t size, Status & status);
 
     // A step is these three. `decode` runs at most `n_tokens_max` tokens; `copy_rows` copies the rows
     // that are to be processed by others, one for each of the slots it returns; `sample` chooses from
@@ -102,10 +69,31 @@ public:
     // Forgets slot `i`'s tokens and removes its sequence from memory.
     void clear(int32_t i);
 
+    // A held slot is left out of batches.
+    void hold(int32_t i, bool held) { slots_[(size_t) i].held = held; }
+
+    // Puts a LoRA set at `index` (1, 2, ...); no running slot may use the old one.
+    void    set_adapters(int32_t index, AdapterSet set);
+    int32_t n_adapter_sets() const { return (int32_t) adapter_sets_.size(); }
+
+    // Cells in use by all slots together, shared ones counted once.
+    int32_t n_cells_used() const;
+
+    // Tokens of slot `i` in the batch that is being decoded; from any thread.
+    int32_t n_in_batch(int32_t i) const {
+        return in_batch_[(size_t) i].load(std::memory_order_relaxed);
+    }
+    // Whether an aborted batch can be decoded again: a recurrent state is lost with it.
+    bool can_abort() const { return !recurrent_; }
+    // Whether any prefix of a sequence can be kept: not of a recurrent state, and of a sliding window
+    // only while it still covers that place.
+    bool can_cut() const { return !recurrent_ && (n_swa_ == 0 || context_->swa_full); }
+
     const Slot & slot(int32_t i) const { return slots_[(size_t) i]; }
     int32_t      n_slots() const { return (int32_t) slots_.size(); }
 
     std::vector<int32_t> events;
+    StepBudget           budget;
     int64_t              n_steps = 0, n_decoded = 0;
     int64_t              decode_us = 0, sample_us = 0;  // inside llama.cpp and in choosing tokens
 
@@ -116,9 +104,21 @@ private:
         int32_t target;  // position whose token the row predicts
     };
 
-    void add_token(int32_t i, bool output);
-    void plan(int32_t n_tokens_max);
-    void resync();
+    // stepper_plan.cpp
+    bool    plannable(const Slot & slot) const;
+    void    choose_adapters(Status & status);
+    int32_t prompt_stop(int32_t i) const;
+    void    plan(int32_t n_tokens_max);
+    void    add_tokens(int32_t i);
+
+    // stepper_memory.cpp
+    int32_t take_cells(int32_t i, Slot & fresh, int32_t source, int32_t n_keep);
+    void    copy_cells(int32_t source, int32_t target, int32_t n);
+    void    remove_cells(int32_t i);
+    void    resync();
+    void    start_sharers();
+
+    // stepper.cpp
     void sample_row(int32_t i);
     void start_followers(int32_t leader);
     void choose(int32_t i);
@@ -138,11 +138,18 @@ private:
     const int32_t            n_ctx_seq_;
     const int32_t            n_swa_;
     const bool               recurrent_;
+    const bool               unified_;
     llama_batch              batch_;
     std::vector<Slot>        slots_;
-    std::vector<int32_t>     plan_order_;
+    std::vector<int32_t>     prompts_;    // slots that prefill, by rank
     std::vector<Row>         rows_;
     std::vector<int32_t>     added_;      // tokens of this batch per slot
+    std::vector<std::atomic<int32_t>> in_batch_;  // the same, for other threads
+    int32_t                  n_decoding_ = 0, n_prompt_ = 0;  // tokens of this batch by kind
+    std::vector<char>        copy_pending_;  // slots of a copy that the next decode makes
+    std::vector<AdapterSet>  adapter_sets_;
+    int32_t                  adapters_ = 0;        // set of the current batch
+    int32_t                  n_same_adapters_ = 0; // batches in a row with it
     std::vector<llama_token> eog_tokens_;
     std::vector<int32_t>     processed_;       // slots that sample from `processed_rows_`,
     std::vector<int32_t>     processed_from_;  // and the batch rows that those are copies of
@@ -152,7 +159,7 @@ private:
     bool                     row_ok_ = false;  // it can be sampled
     LogitsRow                processed_row_;
     TokenList                best_;
-    uint64_t                 next_order_ = 0;
+    uint64_t                 next_birth_ = 1;
 };
 
 }  // namespace llama_crab

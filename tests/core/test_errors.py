@@ -74,16 +74,39 @@ def arguments(batch: _core.Batch, context: _core.Context) -> dict[str, tuple[Any
         "Stepper.assign": (0, [1], assign),
         "Stepper.step": (8,),
         "Stepper.reusable_prefix": (0, [1]),
+        "Stepper.hold": (0, True),
+        "Stepper.resume": (0, _suspended(context), -1, 0),
+        "Stepper.restore": (0, [1], b"x"),
+        "Stepper.set_adapters": (1, {}),
         "Stepper.text": (0, 0),
         "Stepper.news": (0, 0, 0),
         **{
             f"Stepper.{name}": (0,)
             for name in (
                 *("release", "clear", "is_active", "progress", "finish", "error", "generated"),
-                *("tokens", "logprobs", "prompt_logprobs", "times"),
+                *(
+                    "tokens",
+                    "logprobs",
+                    "prompt_logprobs",
+                    "times",
+                    "suspend",
+                    "save",
+                    "n_in_batch",
+                ),
             )
         },
     }
+
+
+def _suspended(context: _core.Context) -> _core.SuspendedSlot:
+    stepper = _core.Stepper(context)
+    options: Any = {
+        **{"sampler": _core.FusedSampler(context.model, [("greedy", {})]), "n_keep": 0},
+        **{"leader": -1, "max_tokens": 1, "min_tokens": 0, "stop_tokens": (), "n_logprobs": -1},
+        **{"prompt_logprobs": False, "ignore_eos": False, "special": False, "emit": False},
+    }
+    stepper.assign(0, [1], **options)
+    return stepper.suspend(0)
 
 
 def test_use_after_close_of_every_attribute_of_every_class(

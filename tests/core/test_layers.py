@@ -19,11 +19,12 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         (
             *("sampling", "sampling_stages", "sampling_compile", "params", "timings"),
-            *("completion", "hub", "packaged", "logs", "engine", "stream"),
+            *("completion", "hub", "packaged", "logs", "engine", "stream", "handle", "session"),
+            *("request_builder", "lora", "model_identity"),
         ),
         3,
     ),
-    **dict.fromkeys(("llama", "tuning"), 4),
+    **dict.fromkeys(("llama", "async_llama", "tuning"), 4),
     **dict.fromkeys(("cli",), 5),
 }
 # They gather and start; every layer is below them.

@@ -15,9 +15,6 @@ from engine_requests import (
 )
 
 from llama_crab.engine import Scheduler
-from llama_crab.errors import (
-    KVCacheFullError,
-)
 from llama_crab.sampling import SamplerChain
 
 
@@ -40,24 +37,25 @@ def test_full_unified_memory_evicts_the_longest_unused_slot_first(make: MakeSche
     assert gone.sequences[0].n_cached == 0
 
 
-def test_full_unified_memory_ends_the_youngest_and_keeps_its_text(make: MakeScheduler) -> None:
+def test_full_unified_memory_suspends_the_youngest_and_loses_nothing(make: MakeScheduler) -> None:
     scheduler = unified(make)
     old, young = ask(100, None), ask(100, None, seed=1)
     run(scheduler, old, young)
-    assert len(answer(old)) == 157
-    assert 20 < len(answer(young)) < 30  # 56 cells were left for both
-    assert old.sequences[0].finish_reason == young.sequences[0].finish_reason == "length"
-    assert young.sequences[0].text
+    assert scheduler.n_suspended > 0
+    for request, seed in ((old, 0), (young, 1)):
+        alone = ask(100, None, seed=seed)
+        run(unified(make), alone)
+        assert len(answer(request)) == 157
+        assert answer(request) == answer(alone)
+        assert request.sequences[0].text == alone.sequences[0].text
+        assert request.sequences[0].finish_reason == "length"
 
 
-def test_a_prompt_that_finds_no_memory_is_refused_and_others_go_on(make: MakeScheduler) -> None:
+def test_a_prompt_that_finds_no_memory_waits_and_others_go_on(make: MakeScheduler) -> None:
     scheduler = unified(make)
     first, second, late = ask(100, 20), ask(100, 20, seed=1), ask(100, 20, seed=2)
     run(scheduler, first, second, late)
-    assert isinstance(late.error, KVCacheFullError)
-    assert [len(answer(request)) for request in (first, second)] == [20, 20]
-    run(scheduler, again := ask(100, 20, seed=2))
-    assert len(answer(again)) == 20
+    assert [len(answer(request)) for request in (first, second, late)] == [20, 20, 20]
 
 
 @pytest.mark.parametrize("kv_unified", [False, True])

@@ -1,0 +1,96 @@
+"""The facade for asyncio: `AsyncLlama`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+from . import _core
+from .handle import CompletionHandle
+from .llama import Llama
+from .params import LlamaParams
+from .request_builder import CompletionOptions, Prompt
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from .session import Session
+
+
+class AsyncLlama:
+    """A `Llama` for asyncio: requests run in an engine thread and share batches.
+
+    ``AsyncLlama("model.gguf", n_seq_max=8)`` or ``AsyncLlama.load(LlamaParams(...))``; loading
+    blocks, so in a running event loop use ``await asyncio.to_thread(AsyncLlama.load, params)``.
+    Up to ``n_seq_max`` sequences run at a time, any number wait.
+
+    Raises as `Llama`.
+    Thread-safety: any thread, and any number of event loops.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | None = None, **fields: Any) -> None:
+        self._llama = Llama(model, **fields)
+
+    @classmethod
+    def load(cls, params: LlamaParams) -> AsyncLlama:
+        """Load the model that `params` describes."""
+        found = cls.__new__(cls)
+        found._llama = Llama.load(params)
+        return found
+
+    @property
+    def llama(self) -> Llama:
+        """The `Llama` behind it, for what does not wait: tokenize, sessions, adapters."""
+        return self._llama
+
+    def create_completion(
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = 128,
+        *,
+        stream: bool = False,
+        **options: Unpack[CompletionOptions],
+    ) -> CompletionHandle:
+        """Continue `prompt`: ``await`` it for the `Completion`, ``async for`` over it for chunks.
+
+        The options are those of `Llama.create_completion`, and so are the errors: wrong values
+        raise here, what happens later is raised by the ``await``.
+        """
+        return self._llama.submit(prompt, max_tokens, stream=stream, **options)
+
+    def session(self) -> Session:
+        """Return an empty conversation; see `Llama.session`."""
+        return self._llama.session()
+
+    def load_lora(self, path: str | os.PathLike[str]) -> _core.LoraAdapter:
+        """Load a LoRA adapter; see `Llama.load_lora`."""
+        return self._llama.load_lora(path)
+
+    def stats(self) -> Mapping[str, Any]:
+        """Return counts of the engine; see `Llama.stats`."""
+        return self._llama.stats()
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Refuse new requests and wait for those that are there; see `Llama.drain`."""
+        return await asyncio.to_thread(self._llama.drain, timeout)
+
+    async def close(self) -> None:
+        """End what runs as cancelled, free the context and the model. Idempotent."""
+        await asyncio.to_thread(self._llama.close)
+
+    async def __aenter__(self) -> AsyncLlama:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<Async{repr(self._llama).removeprefix('<')}"
