@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
-from typing import Any, Unpack
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Unpack, overload
 
 from . import _core
 from .handle import CompletionHandle
@@ -17,6 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from .completion import Completion
+    from .mapping import AsyncCompletionMap
     from .session import Session
 
 
@@ -60,6 +62,49 @@ class AsyncLlama:
         raise here, what happens later is raised by the ``await``.
         """
         return self._llama.submit(prompt, max_tokens, stream=stream, **options)
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[Prompt | Mapping[str, Any]],
+        max_tokens: int | None = ...,
+        *,
+        progress: bool = ...,
+        return_exceptions: Literal[False] = ...,
+        **options: Unpack[CompletionOptions],
+    ) -> AsyncCompletionMap[Completion]: ...
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[Prompt | Mapping[str, Any]],
+        max_tokens: int | None = ...,
+        *,
+        progress: bool = ...,
+        return_exceptions: bool,
+        **options: Unpack[CompletionOptions],
+    ) -> AsyncCompletionMap[Completion | Exception]: ...
+
+    def map(
+        self,
+        prompts: Iterable[Prompt | Mapping[str, Any]],
+        max_tokens: int | None = 128,
+        *,
+        progress: bool = False,
+        return_exceptions: bool = False,
+        **options: Unpack[CompletionOptions],
+    ) -> AsyncCompletionMap[Any]:
+        """Complete many prompts, for ``async for`` over the results; see `Llama.map`."""
+        from .mapping import AsyncCompletionMap
+
+        results = self._llama.map(
+            prompts,
+            max_tokens,
+            progress=progress,
+            return_exceptions=return_exceptions,
+            **options,
+        )
+        return AsyncCompletionMap(results)
 
     def session(self) -> Session:
         """Return an empty conversation; see `Llama.session`."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Unpack, overload
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .engine.snapshots import SnapshotStore
     from .handle import CompletionHandle
     from .lora import LoraChoice
+    from .mapping import CompletionMap
 
 # A reader that is so many chunks behind has its request held.
 _UNREAD_CHUNKS = 64
@@ -271,13 +273,73 @@ class Llama:
         The options are those of `create_completion`; with `stream` the handle gives chunks as they
         come. The first call starts the engine's thread, which serves all calls from then on.
         """
+        return self._submit(stream, prompt, max_tokens, None, options)
+
+    def _submit(
+        self,
+        stream: bool,
+        prompt: Prompt,
+        max_tokens: int | None,
+        listener: Callable[[], object] | None,
+        options: Mapping[str, Any],
+    ) -> CompletionHandle:
         from .handle import CompletionHandle  # with asyncio
 
         request, echo = self._builder.completion(
             prompt, max_tokens, stream=stream, n_news_max=_UNREAD_CHUNKS, **options
         )
+        request.listener = listener
         self._engine.start()
         return CompletionHandle(self._engine, request, self._vocab, echo, self._name, self.load_sec)
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[Prompt | Mapping[str, Any]],
+        max_tokens: int | None = ...,
+        *,
+        progress: bool = ...,
+        return_exceptions: Literal[False] = ...,
+        **options: Unpack[CompletionOptions],
+    ) -> CompletionMap[Completion]: ...
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[Prompt | Mapping[str, Any]],
+        max_tokens: int | None = ...,
+        *,
+        progress: bool = ...,
+        return_exceptions: bool,
+        **options: Unpack[CompletionOptions],
+    ) -> CompletionMap[Completion | Exception]: ...
+
+    def map(
+        self,
+        prompts: Iterable[Prompt | Mapping[str, Any]],
+        max_tokens: int | None = 128,
+        *,
+        progress: bool = False,
+        return_exceptions: bool = False,
+        **options: Unpack[CompletionOptions],
+    ) -> CompletionMap[Any]:
+        """Complete many prompts; iterate over the results, which come in the order of the prompts.
+
+        `prompts` is pulled as needed, so it may be endless. A prompt may be a mapping, ``{"prompt":
+        ..., "max_tokens": ..., **options}``, whose entries win over those given here. `progress`
+        shows a bar on stderr.
+
+        A prompt's error is raised when its turn comes and cancels the rest; with
+        `return_exceptions` it is given in the result's place. Closing the iterator cancels, too.
+        Runs in the engine's thread, as `submit`.
+        """
+        from .mapping import CompletionMap, ProgressBar, Window, n_in_flight
+
+        submit = partial(self._submit, False)
+        n_running_max = n_in_flight(self._context.n_seq_max)
+        window = Window(submit, prompts, max_tokens, options, n_running_max)
+        bar = ProgressBar.over(prompts) if progress else None
+        return CompletionMap(window, return_exceptions=return_exceptions, bar=bar)
 
     def load_lora(self, path: str | os.PathLike[str]) -> _core.LoraAdapter:
         """Load a LoRA adapter, to be named by requests (``lora=``) with or without a scale.

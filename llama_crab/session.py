@@ -25,9 +25,9 @@ class Session:
     """The tokens of a conversation, and a claim on what the KV cache has of them.
 
     Made by `Llama.session`. Give it to `create_completion(..., session=session)`: the prompt is
-    what comes next, and the answer becomes part of the session. The prefix cache gives up its content
-    last, and moves it to host memory before that; should it be lost all the same, it is computed
-    again. A request that failed or was cancelled leaves what it had generated.
+    what comes next, and the answer becomes part of the session. The prefix cache gives up its
+    content last, and moves it to host memory before that; should it be lost all the same, it is
+    computed again. A request that failed or was cancelled leaves what it had generated.
 
     Thread-safety: one request at a time; `ContextBusyError` otherwise.
     """

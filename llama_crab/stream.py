@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
+from . import _core
 from .completion import (
     Completion,
     CompletionChunk,
@@ -52,7 +53,11 @@ class CompletionStream(Iterator[CompletionChunk]):
         self._created = int(time.time())
         self._n_ended = 0
         self._offsets: dict[int, TextOffsets] = {}
-        engine.submit(request)
+        try:
+            engine.submit(request)
+        except LlamaCrabError:
+            request.end_us = _core.time_us()  # it will not begin: a session of it is free again
+            raise
 
     @property
     def id(self) -> str:

@@ -77,6 +77,20 @@ def gemma_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """Return all-MiniLM-L6-v2 in F32, made from the original where it is missing."""
+    path: Path = _module("minilm").minilm_path(_module("fetch_models").fetch, "F32")
+    return path
+
+
+@pytest.fixture(scope="session")
+def minilm_f16_path() -> Path:
+    """Return all-MiniLM-L6-v2 in F16, made from the original where it is missing."""
+    path: Path = _module("minilm").minilm_path(_module("fetch_models").fetch, "F16")
+    return path
+
+
+@pytest.fixture(scope="session")
 def smol(smol_path: Path) -> Iterator[_core.Model]:
     with _core.Model(smol_path) as model:
         yield model
@@ -127,6 +141,46 @@ def tiny_splits(tiny_gguf: ModuleType, tiny_folder: Path, vocab_folder: Path) ->
 def tiny_lora_path(tiny_gguf: ModuleType, tiny_folder: Path) -> Path:
     """Return a LoRA adapter of rank 4 for `tiny_path`."""
     path: Path = tiny_gguf.write_lora(tiny_folder / "lora.gguf")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_reranker_path(tiny_gguf: ModuleType, tiny_folder: Path, vocab_folder: Path) -> Path:
+    """Return a random BERT with a classifier of one output and a WordPiece vocabulary."""
+    tokens = tiny_gguf.wpm_tokens(vocab_folder / "ggml-vocab-bert-bge.gguf")
+    path: Path = tiny_gguf.write_reranker(tiny_folder / "reranker.gguf", tokens)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_embedder_path(tiny_gguf: ModuleType, tiny_folder: Path, vocab_folder: Path) -> Path:
+    """Return a random BERT with mean pooling."""
+    tokens = tiny_gguf.wpm_tokens(vocab_folder / "ggml-vocab-bert-bge.gguf")
+    path: Path = tiny_gguf.write_embedder(tiny_folder / "embedder.gguf", tokens)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_fim_path(tiny_gguf: ModuleType, tiny_folder: Path, vocab_folder: Path) -> Path:
+    """Return a random Llama with all six tokens for filling in the middle."""
+    tokens = tiny_gguf.spm_tokens(vocab_folder / "ggml-vocab-llama-spm.gguf")
+    path: Path = tiny_gguf.write_fim(tiny_folder / "all-fim.gguf", tokens)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_recurrent_path(tiny_gguf: ModuleType, tiny_folder: Path, vocab_folder: Path) -> Path:
+    """Return a random Mamba."""
+    tokens = tiny_gguf.spm_tokens(vocab_folder / "ggml-vocab-llama-spm.gguf")
+    path: Path = tiny_gguf.write_recurrent(tiny_folder / "recurrent.gguf", tokens)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_hybrid_path(tiny_gguf: ModuleType, tiny_folder: Path, vocab_folder: Path) -> Path:
+    """Return a random Jamba: a recurrent layer, then one that attends."""
+    tokens = tiny_gguf.spm_tokens(vocab_folder / "ggml-vocab-llama-spm.gguf")
+    path: Path = tiny_gguf.write_hybrid(tiny_folder / "hybrid.gguf", tokens)
     return path
 
 

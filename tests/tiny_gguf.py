@@ -5,7 +5,10 @@ The tokenizers are cut out of the vocab-only files of the llama.cpp tree, so tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -19,6 +22,20 @@ N_FF = 128
 N_LAYER = 2
 N_CTX_TRAIN = 512
 SWA_WINDOW = 16
+SSM_INNER = 2 * N_EMBD
+SSM_STATE = 16
+SSM_RANK = 4
+SSM_KERNEL = 4
+# In the hybrid the first layer is recurrent, the second attends.
+HYBRID_HEADS_KV = [0, N_HEAD_KV]
+FIM_PIECES = {
+    "fim_pre": "<|fim_prefix|>",
+    "fim_suf": "<|fim_suffix|>",
+    "fim_mid": "<|fim_middle|>",
+    "fim_pad": "<|fim_pad|>",
+    "fim_rep": "<|repo_name|>",
+    "fim_sep": "<|file_sep|>",
+}
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 Array = npt.NDArray[np.float32]
@@ -35,9 +52,12 @@ class Tokens:
     types: list[int]
     merges: list[str] | None
     bos: int
-    eos: int
+    eos: int | None
+    unk: int = 0
+    others: Mapping[str, int] = field(default_factory=dict)  # by their names in the metadata
 
 
+@cache
 def spm_tokens(source: Path) -> Tokens:
     """Return a cut of Llama's SentencePiece vocabulary: specials, bytes, 400 pieces, letters."""
     reader = gguf.GGUFReader(source)
@@ -57,6 +77,7 @@ def spm_tokens(source: Path) -> Tokens:
     )
 
 
+@cache
 def bpe_tokens(source: Path) -> Tokens:
     """Return a cut of a byte-level BPE vocabulary: 256 bytes, 300 merges, two specials."""
     reader = gguf.GGUFReader(source)
@@ -77,11 +98,57 @@ def bpe_tokens(source: Path) -> Tokens:
     )
 
 
+@cache
+def wpm_tokens(source: Path) -> Tokens:
+    """Return a cut of BERT's WordPiece vocabulary: specials, single characters, 400 words."""
+    reader = gguf.GGUFReader(source)
+    texts = reader.fields["tokenizer.ggml.tokens"].contents()
+    types = reader.fields["tokenizer.ggml.token_type"].contents()
+    specials = [0, 100, 101, 102, 103]
+    words = range(1996, 2396)
+    single = [i for i in range(999, len(texts)) if re.fullmatch("\u2581?[!-~]", texts[i])]
+    kept = list(dict.fromkeys([*specials, *single, *words]))
+    pad, unk, cls, sep, mask = range(len(specials))
+    return Tokens(
+        model="bert",
+        pre="bert-bge",
+        texts=[texts[i].encode() for i in kept],
+        scores=None,
+        types=[types[i] for i in kept],
+        merges=None,
+        bos=cls,
+        eos=None,
+        unk=unk,
+        others={"padding": pad, "seperator": sep, "mask": mask},
+    )
+
+
+def fim_tokens(tokens: Tokens) -> Tokens:
+    """Return the vocabulary with the pieces that mark what to fill in added at its end."""
+    n = len(tokens.texts)
+    return replace(
+        tokens,
+        texts=[*tokens.texts, *(piece.encode() for piece in FIM_PIECES.values())],
+        scores=None if tokens.scores is None else tokens.scores + [0.0] * len(FIM_PIECES),
+        types=tokens.types + [int(gguf.TokenType.CONTROL)] * len(FIM_PIECES),
+        others={name: n + i for i, name in enumerate(FIM_PIECES)},
+    )
+
+
 def write_model(
-    path: Path, tokens: Tokens, *, arch: str = "llama", n_split: int = 1, seed: int = 0
+    path: Path,
+    tokens: Tokens,
+    *,
+    arch: str = "llama",
+    n_split: int = 1,
+    seed: int = 0,
+    pooling: gguf.PoolingType | None = None,
 ) -> list[Path]:
     """Write a model of 2 layers; return its files, one for each split."""
-    parts = _tensors(arch, len(tokens.texts), np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    parts = _tensors(arch, len(tokens.texts), rng)
+    if pooling == gguf.PoolingType.RANK:
+        parts |= _classifier_tensors(rng)
     names = list(parts)
     files = [path]
     if n_split > 1:
@@ -93,6 +160,10 @@ def write_model(
         writer = gguf.GGUFWriter(file, arch)
         if index == 0:
             _add_metadata(writer, arch, tokens)
+            if pooling is not None:
+                writer.add_pooling_type(pooling)
+            if pooling == gguf.PoolingType.RANK:
+                writer.add_classifier_output_labels(["LABEL_0"])
         if n_split > 1:
             writer.add_uint16("split.no", index)
             writer.add_uint16("split.count", n_split)
@@ -104,6 +175,33 @@ def write_model(
         writer.write_tensors_to_file()
         writer.close()
     return files
+
+
+def write_reranker(path: Path, tokens: Tokens, *, seed: int = 0) -> Path:
+    """Write a BERT that scores a pair of texts: the tokens must be `wpm_tokens`."""
+    return write_model(path, tokens, arch="bert", seed=seed, pooling=gguf.PoolingType.RANK)[0]
+
+
+def write_embedder(path: Path, tokens: Tokens, *, pooling: str = "mean", seed: int = 0) -> Path:
+    """Write a model that embeds: a BERT for a WordPiece vocabulary, else a causal Llama."""
+    arch = "bert" if tokens.model == "bert" else "llama"
+    kind = gguf.PoolingType[pooling.upper()]
+    return write_model(path, tokens, arch=arch, seed=seed, pooling=kind)[0]
+
+
+def write_fim(path: Path, tokens: Tokens, *, seed: int = 0) -> Path:
+    """Write a Llama whose vocabulary has the special tokens for filling in the middle."""
+    return write_model(path, fim_tokens(tokens), seed=seed)[0]
+
+
+def write_recurrent(path: Path, tokens: Tokens, *, seed: int = 0) -> Path:
+    """Write a Mamba: its memory is one state per sequence, which cannot be cut."""
+    return write_model(path, tokens, arch="mamba", seed=seed)[0]
+
+
+def write_hybrid(path: Path, tokens: Tokens, *, seed: int = 0) -> Path:
+    """Write a Jamba of one recurrent layer and one that attends."""
+    return write_model(path, tokens, arch="jamba", seed=seed)[0]
 
 
 def write_lora(path: Path, *, arch: str = "llama", rank: int = 4, seed: int = 1) -> Path:
@@ -132,57 +230,151 @@ def _normal(rng: np.random.Generator, *shape: int) -> Array:
 
 
 def _tensors(arch: str, n_vocab: int, rng: np.random.Generator) -> dict[str, Array]:
-    head = N_EMBD // N_HEAD
-    ones = np.ones(N_EMBD, np.float32)
-    found = {
-        "token_embd.weight": 2 * _normal(rng, n_vocab, N_EMBD),
-        "output_norm.weight": ones,
-        "output.weight": 4 * _normal(rng, n_vocab, N_EMBD),
-    }
-    if arch == "gemma3":
-        del found["output.weight"]
+    found = {"token_embd.weight": 2 * _normal(rng, n_vocab, N_EMBD)}
+    if arch == "bert":
+        found |= {
+            "position_embd.weight": _normal(rng, N_CTX_TRAIN, N_EMBD),
+            "token_types.weight": _normal(rng, 2, N_EMBD),
+            **_layer_norm("token_embd_norm"),
+        }
+    else:
+        output = 4 * _normal(rng, n_vocab, N_EMBD)
+        found["output_norm.weight"] = np.ones(N_EMBD, np.float32)
+        if arch != "gemma3":
+            found["output.weight"] = output
     for layer in range(N_LAYER):
         p = f"blk.{layer}."
-        found |= {
-            p + "attn_norm.weight": ones,
-            p + "attn_q.weight": _normal(rng, N_EMBD, N_EMBD),
-            p + "attn_k.weight": _normal(rng, N_HEAD_KV * head, N_EMBD),
-            p + "attn_v.weight": _normal(rng, N_HEAD_KV * head, N_EMBD),
-            p + "attn_output.weight": _normal(rng, N_EMBD, N_EMBD),
-            p + "ffn_norm.weight": ones,
-            p + "ffn_gate.weight": _normal(rng, N_FF, N_EMBD),
-            p + "ffn_up.weight": _normal(rng, N_FF, N_EMBD),
-            p + "ffn_down.weight": _normal(rng, N_EMBD, N_FF),
-        }
+        if arch == "bert":
+            found |= _encoder_layer(p, rng)
+        elif arch == "mamba":
+            found |= _mamba_layer(p, rng)
+        elif arch == "jamba" and HYBRID_HEADS_KV[layer] == 0:
+            found |= _mamba_layer(p, rng) | _mamba_norms(p) | _feed_forward(p, rng)
+        else:
+            found |= _attention(p, rng) | _feed_forward(p, rng)
         if arch == "gemma3":
-            found |= {
-                p + "attn_q_norm.weight": np.ones(head, np.float32),
-                p + "attn_k_norm.weight": np.ones(head, np.float32),
-                p + "post_attention_norm.weight": ones,
-                p + "post_ffw_norm.weight": ones,
-            }
+            found |= _gemma3_norms(p)
     return found
 
 
+def _attention(p: str, rng: np.random.Generator) -> dict[str, Array]:
+    n_embd_kv = N_HEAD_KV * N_EMBD // N_HEAD
+    return {
+        p + "attn_norm.weight": np.ones(N_EMBD, np.float32),
+        p + "attn_q.weight": _normal(rng, N_EMBD, N_EMBD),
+        p + "attn_k.weight": _normal(rng, n_embd_kv, N_EMBD),
+        p + "attn_v.weight": _normal(rng, n_embd_kv, N_EMBD),
+        p + "attn_output.weight": _normal(rng, N_EMBD, N_EMBD),
+    }
+
+
+def _feed_forward(p: str, rng: np.random.Generator) -> dict[str, Array]:
+    return {
+        p + "ffn_norm.weight": np.ones(N_EMBD, np.float32),
+        p + "ffn_gate.weight": _normal(rng, N_FF, N_EMBD),
+        p + "ffn_up.weight": _normal(rng, N_FF, N_EMBD),
+        p + "ffn_down.weight": _normal(rng, N_EMBD, N_FF),
+    }
+
+
+def _gemma3_norms(p: str) -> dict[str, Array]:
+    head = np.ones(N_EMBD // N_HEAD, np.float32)
+    row = np.ones(N_EMBD, np.float32)
+    return {
+        p + "attn_q_norm.weight": head,
+        p + "attn_k_norm.weight": head,
+        p + "post_attention_norm.weight": row,
+        p + "post_ffw_norm.weight": row,
+    }
+
+
+def _encoder_layer(p: str, rng: np.random.Generator) -> dict[str, Array]:
+    shapes = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (N_EMBD, N_EMBD))
+    shapes |= {"ffn_up": (N_FF, N_EMBD), "ffn_down": (N_EMBD, N_FF)}
+    found = _layer_norm(p + "attn_output_norm") | _layer_norm(p + "layer_output_norm")
+    for name, shape in shapes.items():
+        found[f"{p}{name}.weight"] = _normal(rng, *shape)
+        found[f"{p}{name}.bias"] = _normal(rng, shape[0])
+    return found
+
+
+def _layer_norm(name: str) -> dict[str, Array]:
+    return {
+        f"{name}.weight": np.ones(N_EMBD, np.float32),
+        f"{name}.bias": np.zeros(N_EMBD, np.float32),
+    }
+
+
+def _classifier_tensors(rng: np.random.Generator) -> dict[str, Array]:
+    return {
+        "cls.weight": _normal(rng, N_EMBD, N_EMBD),
+        "cls.bias": _normal(rng, N_EMBD),
+        "cls.output.weight": 4 * _normal(rng, 1, N_EMBD),
+        "cls.output.bias": np.zeros(1, np.float32),
+    }
+
+
+def _mamba_layer(p: str, rng: np.random.Generator) -> dict[str, Array]:
+    decay = -np.arange(1, SSM_STATE + 1, dtype=np.float32)
+    return {
+        p + "attn_norm.weight": np.ones(N_EMBD, np.float32),
+        p + "ssm_in.weight": _normal(rng, 2 * SSM_INNER, N_EMBD),
+        p + "ssm_conv1d.weight": _normal(rng, SSM_INNER, SSM_KERNEL),
+        p + "ssm_conv1d.bias": _normal(rng, SSM_INNER),
+        p + "ssm_x.weight": _normal(rng, SSM_RANK + 2 * SSM_STATE, SSM_INNER),
+        p + "ssm_dt.weight": _normal(rng, SSM_INNER, SSM_RANK),
+        # Time steps of about 0.05, so that the state remembers tens of tokens.
+        p + "ssm_dt.bias": _normal(rng, SSM_INNER) - 3,
+        p + "ssm_a": np.tile(decay, (SSM_INNER, 1)),
+        p + "ssm_d": np.ones(SSM_INNER, np.float32),
+        p + "ssm_out.weight": _normal(rng, N_EMBD, SSM_INNER),
+    }
+
+
+def _mamba_norms(p: str) -> dict[str, Array]:
+    return {
+        p + "ssm_dt_norm.weight": np.ones(SSM_RANK, np.float32),
+        p + "ssm_b_norm.weight": np.ones(SSM_STATE, np.float32),
+        p + "ssm_c_norm.weight": np.ones(SSM_STATE, np.float32),
+    }
+
+
 def _add_metadata(writer: gguf.GGUFWriter, arch: str, tokens: Tokens) -> None:
-    head = N_EMBD // N_HEAD
     writer.add_name("tiny")
     writer.add_block_count(N_LAYER)
     writer.add_context_length(N_CTX_TRAIN)
     writer.add_embedding_length(N_EMBD)
-    writer.add_feed_forward_length(N_FF)
-    writer.add_head_count(N_HEAD)
-    writer.add_head_count_kv(N_HEAD_KV)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    if arch == "gemma3":
-        writer.add_sliding_window(SWA_WINDOW)
+    writer.add_feed_forward_length(0 if arch == "mamba" else N_FF)
+    writer.add_head_count(0 if arch == "mamba" else N_HEAD)
+    if arch == "bert":
+        writer.add_layer_norm_eps(1e-12)
+        writer.add_causal_attention(False)
+        writer.add_token_type_count(2)
+    elif arch in ("mamba", "jamba"):
+        if arch == "jamba":
+            writer.add_head_count_kv(HYBRID_HEADS_KV)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_ssm_conv_kernel(SSM_KERNEL)
+        writer.add_ssm_inner_size(SSM_INNER)
+        writer.add_ssm_state_size(SSM_STATE)
+        writer.add_ssm_time_step_rank(SSM_RANK)
     else:
-        writer.add_rope_dimension_count(head)
-        writer.add_vocab_size(len(tokens.texts))
+        head = N_EMBD // N_HEAD
+        writer.add_head_count_kv(N_HEAD_KV)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_rope_freq_base(10000.0)
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+        if arch == "gemma3":
+            writer.add_sliding_window(SWA_WINDOW)
+        else:
+            writer.add_rope_dimension_count(head)
+            writer.add_vocab_size(len(tokens.texts))
     writer.add_file_type(0)
+    _add_tokenizer(writer, tokens)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, tokens: Tokens) -> None:
     writer.add_tokenizer_model(tokens.model)
     writer.add_tokenizer_pre(tokens.pre)
     writer.add_token_list(tokens.texts)
@@ -192,7 +384,11 @@ def _add_metadata(writer: gguf.GGUFWriter, arch: str, tokens: Tokens) -> None:
     if tokens.merges is not None:
         writer.add_token_merges(tokens.merges)
     writer.add_bos_token_id(tokens.bos)
-    writer.add_eos_token_id(tokens.eos)
-    writer.add_unk_token_id(0)
+    if tokens.eos is not None:
+        writer.add_eos_token_id(tokens.eos)
+    writer.add_unk_token_id(tokens.unk)
+    for name, token in tokens.others.items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
     writer.add_add_bos_token(True)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    if tokens.model != "bert":
+        writer.add_chat_template(CHAT_TEMPLATE)

@@ -253,6 +253,7 @@ cdef extern from "native/slot.h" namespace "llama_crab" nogil:
 cdef extern from "native/step_budget.h" namespace "llama_crab" nogil:
     cppclass StepBudget:
         int64_t target_us
+        double prompt_us()
 
 cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
     cppclass AdapterSet:

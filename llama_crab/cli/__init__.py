@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import DownloadError, LlamaCrabError
-from . import info, run
+from . import batch, info, run
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -23,8 +23,8 @@ EXIT_CLOSED_PIPE = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status.
 
-    0 success, 1 an error in one line on stderr, 2 wrong usage, 130 interrupted by Ctrl-C, 141 the
-    reader of stdout went away.
+    0 success, 1 an error in one line on stderr, 2 wrong usage, 3 some lines of a batch have errors,
+    130 interrupted by Ctrl-C, 141 the reader of stdout went away.
     """
     try:
         args = _parser().parse_args(argv)
@@ -39,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = args.command(args)
         sys.stdout.flush()
         return status
+    except argparse.ArgumentError as error:  # what a command finds beyond the parser's own checks
+        args.parser.print_usage(sys.stderr)
+        print(f"{args.parser.prog}: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -64,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"llama-crab {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (run, info):
+    for module in (run, batch, info):
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(module.NAME, help=summary, description=summary)
         module.add_arguments(command)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
+
+from . import loading
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,18 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "prompt", nargs="?", help="the text to continue; - or nothing reads it from stdin"
     )
-    parser.add_argument(
-        "-m", "--model", help="a GGUF file or owner/name[:quant] (default: a small demo model)"
-    )
     parser.add_argument("-n", "--max-tokens", type=int, default=128, help="default: 128")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
     )
     parser.add_argument("--json", action="store_true", help="print the whole result as JSON")
     parser.add_argument("--no-timings", action="store_true", help="print no timings")
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="show llama.cpp's messages on stderr"
-    )
     sampling = parser.add_argument_group("sampling (default: llama.cpp's chain)")
     sampling.add_argument("--preset", choices=_PRESETS, help="a ready chain")
     sampling.add_argument("--temp", type=float, help=f"0 is greedy (default: {_TEMP})")
@@ -42,45 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--top-p", type=float, help=f"default: {_TOP_P}")
     sampling.add_argument("--min-p", type=float, help=f"default: {_MIN_P}")
     sampling.add_argument("--seed", type=int, help="repeat an earlier run")
-    loading = parser.add_argument_group("loading")
-    loading.add_argument("-c", "--n-ctx", type=int, help="context in tokens (0: as trained)")
-    loading.add_argument("-t", "--n-threads", type=int, help="default: the performance cores")
-    loading.add_argument("-ngl", "--n-gpu-layers", type=int, help="layers on the GPU (-1: all)")
-    loading.add_argument("-b", "--n-batch", type=int, help="tokens per call at most")
-    loading.add_argument("-ub", "--n-ubatch", type=int, help="tokens per graph at most")
-    loading.add_argument("-fa", "--flash-attn-type", metavar="{auto,enabled,disabled}")
-    loading.add_argument("-ctk", "--type-k", metavar="TYPE", help="K cache type, e.g. q8_0")
-    loading.add_argument("-ctv", "--type-v", metavar="TYPE", help="V cache type, e.g. q8_0")
-
-
-_LOADING = (
-    *("n_ctx", "n_threads", "n_gpu_layers", "n_batch", "n_ubatch", "flash_attn_type"),
-    *("type_k", "type_v", "seed", "verbose"),
-)
+    loading.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
-    from ..errors import SamplerError
-    from ..params import LlamaParams, ParameterError
-
     prompt = _prompt(args)
     if prompt is None:
-        args.parser.print_usage(sys.stderr)
-        print("llama-crab run: error: no PROMPT, and nothing on stdin", file=sys.stderr)
-        return 2
-    try:
-        params = LlamaParams(args.model, **{name: getattr(args, name) for name in _LOADING})
-        sampler = _sampler(args)
-    except (ParameterError, SamplerError, argparse.ArgumentError) as error:
-        args.parser.print_usage(sys.stderr)
-        print(f"llama-crab run: error: {error}", file=sys.stderr)
-        return 2
+        raise argparse.ArgumentError(None, "no PROMPT, and nothing on stdin")
+    params = loading.params_of(args, seed=args.seed)
+    sampler = _sampler(args)
 
     from .. import Llama
 
-    if args.verbose:
-        logging.basicConfig(level=logging.DEBUG, format="%(message)s")
     with Llama.load(params) as llama:
         if args.json:
             return _print_json(llama, prompt, sampler, args)
@@ -97,6 +66,7 @@ def _prompt(args: argparse.Namespace) -> str | None:
 
 
 def _sampler(args: argparse.Namespace) -> SamplerChain | None:
+    from ..errors import SamplerError
     from ..sampling import SamplerChain
 
     given = [
@@ -114,7 +84,10 @@ def _sampler(args: argparse.Namespace) -> SamplerChain | None:
     top_p = _TOP_P if args.top_p is None else args.top_p
     min_p = _MIN_P if args.min_p is None else args.min_p
     temp = _TEMP if args.temp is None else args.temp
-    return SamplerChain().top_k(top_k).top_p(top_p).min_p(min_p).temp(temp)
+    try:
+        return SamplerChain().top_k(top_k).top_p(top_p).min_p(min_p).temp(temp)
+    except SamplerError as error:
+        raise argparse.ArgumentError(None, str(error)) from error
 
 
 def _print_json(

@@ -48,8 +48,8 @@ class Engine:
         self._context = scheduler.context
         self._lock = threading.Lock()
         self._callers: dict[int, None] = {}
-        self._abandoned: deque[Request] = deque()
-        self._later: deque[Callable[[], object]] = deque()
+        # Work for the next turn, put here by those who must not wait for one.
+        self._inbox: deque[Callable[[], object]] = deque()
         self._pid = os.getpid()
         self._closed = False
         self._draining = False
@@ -71,9 +71,15 @@ class Engine:
         self._exclusively(self._start)
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises `ClosedError`."""
-        self._exclusively(self._submit, request)
-        self._work.set()
+        """Queue a request. Raises `ClosedError`.
+
+        Waits for nothing when the engine has a thread.
+        """
+        if self._thread is None:
+            self._exclusively(self._submit, request)
+            return
+        self._require_submittable()
+        self.later(self.scheduler.submit, request)
 
     def advance(self, request: Request, timeout: float | None = None) -> None:
         """Wait until `request` has news or is done, running the loop if no thread of its own does.
@@ -89,9 +95,8 @@ class Engine:
 
     def read(self, request: Request) -> None:
         """Note that the reader has taken something: what was held for it may go on."""
-        if request.n_news_max and 2 * len(request.news) <= request.n_news_max:
-            self._exclusively(self.scheduler.unhold, request)
-            self._work.set()
+        if request.n_news_max and self.scheduler.can_go_on(request):
+            self.later(self.scheduler.unhold, request)
 
     def cancel(self, request: Request) -> None:
         """End a request now; does nothing when it is done.
@@ -101,13 +106,11 @@ class Engine:
         """
         self._interrupt_prefill(request)
         self._exclusively(self._cancel, request)
-        self._work.set()
 
     def cancel_soon(self, request: Request) -> None:
         """Do the same without waiting for it: for event loops."""
         self._interrupt_prefill(request)
-        self.abandon(request)
-        self.scheduler.stepper.pause()
+        self.later(self._cancel, request)
 
     def prompt_logprobs(self, request: Request) -> list[RawLogprobs]:
         """Return the prompt's log-probabilities so far, from the sequence that prefills it."""
@@ -125,7 +128,7 @@ class Engine:
         """Refuse new requests and wait for those that are there; return whether all have ended."""
         self._draining = True
         limit = None if timeout is None else time.monotonic() + timeout
-        while not self._closed and self._exclusively(self.scheduler.any_request):
+        while not self._closed and self._exclusively(self._has_work):
             if limit is not None and time.monotonic() >= limit:
                 return False
             if self._thread is None:
@@ -144,12 +147,17 @@ class Engine:
 
     def abandon(self, request: Request) -> None:
         """Have the next step end a request. Takes no lock: the collector may call this anywhere."""
-        self._abandoned.append(request)
-        self._work.set()
+        self.later(self.scheduler.cancel, request)
 
     def later(self, work: Callable[[*Args], object], *args: *Args) -> None:
-        """Have `work` done before the next step. Takes no lock, as `abandon`."""
-        self._later.append(partial(work, *args))
+        """Have `work` done before the next batch. Takes no lock, as `abandon`."""
+        self._inbox.append(partial(work, *args))
+        self.scheduler.stepper.pause()
+        self._work.set()
+        if self._closed:
+            # Nobody else comes to look: what has been submitted just now must not wait for ever.
+            with contextlib.suppress(ForkedProcessError):
+                self._exclusively(self._close)
 
     def _exclusively(self, work: Callable[[*Args], Result], *args: *Args) -> Result:
         """Run `work` alone, then let threads that wait get in first.
@@ -186,9 +194,7 @@ class Engine:
             _started.add(self)
 
     def _submit(self, request: Request) -> None:
-        self._require_open()
-        if self._draining:
-            raise ClosedError("the engine is draining: it takes no new requests")
+        self._require_submittable()
         self.scheduler.submit(request)
 
     def _advance(self, request: Request, limit_us: int) -> None:
@@ -212,12 +218,7 @@ class Engine:
     def _step(self) -> bool:
         """Run the loop once, then call those who have got something; False if all is held."""
         scheduler = self.scheduler
-        while self._later:
-            self._later.popleft()()
-        if self._abandoned:
-            self._context.clear_abort()
-        while self._abandoned:
-            scheduler.cancel(self._abandoned.popleft())
+        self._read_inbox()
         try:
             return scheduler.step(_STEPS)
         finally:
@@ -226,7 +227,7 @@ class Engine:
 
     def _turn(self) -> bool | None:
         """Run the loop until another thread wants a turn, all is held (False) or done (None)."""
-        while not self._closed and (self._abandoned or self.scheduler.any_request()):
+        while not self._closed and self._has_work():
             try:
                 progressed = self._step()
             except LlamaCrabError:
@@ -235,7 +236,7 @@ class Engine:
                 self.scheduler.fail_all(error)
                 self._call_listeners()
                 continue
-            if not progressed or self._callers:
+            if self._callers or not (progressed or self._inbox):
                 return progressed
         return None
 
@@ -250,18 +251,27 @@ class Engine:
 
     def _cancel(self, request: Request) -> None:
         if not self._closed:
+            self._read_inbox()  # it may have been submitted just now
             # An abort that came too late must not hit the next batch.
             self._context.clear_abort()
             self.scheduler.cancel(request)
             self._call_listeners()
 
     def _close(self) -> None:
+        self._read_inbox()
+        self.scheduler.cancel_all()
+        self._call_listeners()
         if not self._closed:
-            self.scheduler.cancel_all()
-            self._call_listeners()
             self._context.close()
             self._closed = True
             _started.discard(self)
+
+    def _has_work(self) -> bool:
+        return bool(self._inbox) or self.scheduler.any_request() is not None
+
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
 
     def _call_listeners(self) -> None:
         told = list(self.scheduler.told)
@@ -272,7 +282,13 @@ class Engine:
 
     def _if_open(self, work: Callable[[*Args], Result], *args: *Args) -> Result:
         self._require_open()
+        self._read_inbox()
         return work(*args)
+
+    def _require_submittable(self) -> None:
+        self._require_open()
+        if self._draining:
+            raise ClosedError("the engine is draining: it takes no new requests")
 
     def _require_open(self) -> None:
         if self._closed:

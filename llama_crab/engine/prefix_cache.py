@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # Fewer tokens are computed again before anything is copied, waited for or moved.
 MIN_SHARED = 32
+# How often what was saved is expected to be used.
+_USE_OF_SAVED = 0.25
+_FORGET_COST = 0.99
 
 
 @dataclass(slots=True)
@@ -69,6 +72,7 @@ class PrefixCache:
         self._claims: dict[int, RadixTree[Claim]] = {}
         self.namespaces: dict[int, str] = {0: ""}
         """What tells LoRA sets apart in the snapshots, by index of the set."""
+        self._save_us = 0.0  # per token, smoothed
         self.n_restored = 0
         self.n_saved = 0
 
@@ -252,6 +256,8 @@ class PrefixCache:
         n_held = self._n_held(slot)
         if self._store is None or known is None or n_held < MIN_SHARED:
             return
+        if self._claim(slot) is None and not self._saving_pays():
+            return
         adapters, key = known
         for n_common, other in self._trees[adapters].matches(key):
             if n_common < n_held:
@@ -263,6 +269,17 @@ class PrefixCache:
             self._store.pin(snapshot)
             claim.snapshots.append(snapshot)
 
+    def _saving_pays(self) -> bool:
+        """Whether to save a token takes less than to compute it takes, times the chance of its use.
+
+        Measured as it happens: it does not on a GPU whose cache is in many pieces.
+        """
+        prompt_us = self._stepper.prompt_us
+        pays = not prompt_us or self._save_us < _USE_OF_SAVED * prompt_us
+        if not pays:
+            self._save_us *= _FORGET_COST  # so that it is measured again some time
+        return pays
+
     def _put(self, slot: int, key: bytes, adapters: int) -> Snapshot | None:
         store, namespace = self._store, self.namespaces[adapters]
         if store is None:
@@ -272,9 +289,12 @@ class PrefixCache:
                 store.touch(snapshot)
                 return snapshot
             break
+        begin_us = _core.time_us()
         state = self._stepper.save(slot)
         if state is None:
             return None
+        save_us = (_core.time_us() - begin_us) / self._n_held(slot)
+        self._save_us = 0.5 * (self._save_us + save_us) if self._save_us else save_us
         saved = store.put(key, state, namespace)
         self.n_saved += saved is not None
         return saved

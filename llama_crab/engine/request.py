@@ -31,9 +31,9 @@ class Request:
     """One call's worth of work: a prompt and `best_of` answers to it, of which `n` are wanted.
 
     `deadline_us` is a reading of `time_us` after which it ends with an error; `adapters` is the
-    index of its LoRA set; a stream that is `n_news_max` pieces ahead of its reader is held (0: never);
-    `listener` is called, by the thread that drives the loop, after it has got news or ended, and
-    `on_end` with each sequence that ends.
+    index of its LoRA set; a stream that is `n_news_max` pieces ahead of its reader is held (0:
+    never); `listener` is called, by the thread that drives the loop, after it has got news or
+    ended, and `on_end` with each sequence that ends.
     """
 
     prompt: list[int]

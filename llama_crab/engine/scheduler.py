@@ -13,11 +13,11 @@ from ..errors import (
     KVCacheFullError,
     LlamaCrabError,
     RequestTimeoutError,
-    StateError,
 )
 from .delivery import Delivery
 from .prefix_cache import MIN_SHARED, Placement, PrefixCache
-from .request import RawLogprobs, Request, Sequence, Suspension
+from .request import RawLogprobs, Request, Sequence
+from .swap import Swap
 from .waiting import WaitingLine
 
 TYPE_CHECKING = False
@@ -70,8 +70,7 @@ class Scheduler:
         self._budget = max(context.n_ubatch, context.n_seq_max)
         self._unified = context.kv_unified or context.n_seq_max == 1
         self.cache = PrefixCache(self.stepper, store)
-        # Host memory for suspended sequences; beyond it they are computed again.
-        self._swap_bytes_left = 1 << 30
+        self._swap = Swap(self.stepper)
         self._waiting = WaitingLine()
         self._parked: dict[Sequence, None] = {}  # suspended while their reader is behind
         self._running: dict[int, Sequence] = {}
@@ -84,7 +83,6 @@ class Scheduler:
         self._deadlines: dict[Request, None] = {}
         self._interrupted = False
         self._processors: Processors | None = None  # made when a request has some
-        self.n_suspended = 0
 
     @property
     def n_running(self) -> int:
@@ -95,6 +93,11 @@ class Scheduler:
     def n_waiting(self) -> int:
         """Sequences that wait for a slot."""
         return len(self._waiting) + len(self._parked)
+
+    @property
+    def n_suspended(self) -> int:
+        """How often a running sequence had to leave its slot."""
+        return self._swap.n_suspended
 
     @property
     def told(self) -> dict[Request, None]:
@@ -129,7 +132,7 @@ class Scheduler:
                 self._delivery.retire(sequence, "cancelled", None)
             elif sequence.finish_reason is None:
                 self._delivery.cancel_paused(sequence)
-                self._drop_suspension(sequence)
+                self._swap.drop(sequence)
             self._parked.pop(sequence, None)
         self._waiting.remove_request(request)
         self._deadlines.pop(request, None)
@@ -155,6 +158,15 @@ class Scheduler:
             for sequence in group:
                 return sequence.request
         return None
+
+    def can_go_on(self, request: Request) -> bool:
+        """Whether a sequence of `request` is held though its reader has caught up.
+
+        Thread-safety: any thread.
+        """
+        return 2 * len(request.news) <= request.n_news_max and any(
+            sequence in self._held or sequence in self._parked for sequence in request.sequences
+        )
 
     def unhold(self, request: Request) -> None:
         """Go on with sequences that were held because their reader was behind."""
@@ -314,7 +326,7 @@ class Scheduler:
         if not self._fits(place, len(ids)):
             return False
         if suspension:
-            self._resume(sequence, suspension, place)
+            self._swap.back(sequence, place)
         else:
             self._assign(sequence, place)
         self.cache.hold(place.slot, ids, request.adapters)
@@ -361,40 +373,14 @@ class Scheduler:
         slot = sequence.slot
         if slot is None:
             return  # it had ended
-        ids = array("i", self.stepper.tokens(slot))
-        n_past = self.stepper.progress(slot)[2]
-        state = self.stepper.save(slot) if n_past >= MIN_SHARED else None
-        if state is not None and len(state) > self._swap_bytes_left:
-            state = None
-        self._swap_bytes_left -= len(state or b"")
         held = sequence in self._held
-        sequence.suspension = Suspension(self.stepper.suspend(slot), ids, n_past, state)
+        self._swap.out(sequence, slot)
         self.cache.forget(slot)
         self._free(sequence, slot)
-        self.n_suspended += 1
         if held:
             self._parked[sequence] = None
         else:
             self._waiting.push(sequence)
-
-    def _resume(self, sequence: Sequence, suspension: Suspension, place: Placement) -> None:
-        """Go on in a slot with the state that was saved, or with what the cache has of it."""
-        if suspension.state is not None and suspension.n_past > place.n_keep:
-            tokens = suspension.ids[: suspension.n_past]
-            adapters = sequence.request.adapters
-            try:
-                if self.stepper.restore(place.slot, tokens, suspension.state, adapters):
-                    place.source, place.n_keep = -1, suspension.n_past
-            except StateError:  # it has emptied the slot; what is missing is computed again
-                if place.source < 0:
-                    place.n_keep = 0
-        self.stepper.resume(place.slot, suspension.slot, place.source, place.n_keep)
-        self._drop_suspension(sequence)
-
-    def _drop_suspension(self, sequence: Sequence) -> None:
-        if sequence.suspension is not None:
-            self._swap_bytes_left += len(sequence.suspension.state or b"")
-            sequence.suspension = None
 
     def _takes_checkpoint(self, sequence: Sequence) -> bool:
         """Whether its state at the end of the prompt is wanted: it cannot be cut to it later."""
@@ -421,6 +407,8 @@ class Scheduler:
     def _hold(self, sequence: Sequence, slot: int) -> None:
         self.stepper.hold(slot, True)
         self._held[sequence] = None
+        if self.can_go_on(sequence.request):  # the reader was faster than this
+            self.unhold(sequence.request)
 
     def _leave(self, sequence: Sequence, slot: int) -> None:
         self.cache.keep(slot)

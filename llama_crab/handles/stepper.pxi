@@ -102,6 +102,11 @@ cdef class Stepper:
     def target_us(self, int64_t value):
         self._require_open().budget.target_us = value
 
+    @property
+    def prompt_us(self):
+        """Microseconds that a prompt token has taken lately, 0.0 when none was computed."""
+        return self._require_open().budget.prompt_us()
+
     def reusable_prefix(self, int i, tokens, int32_t adapters=0):
         """Return how many leading `tokens` slot `i` has in memory, to be kept or copied.
 

@@ -32,6 +32,8 @@ public:
         return std::min(limit, (int32_t) std::clamp(fits, (double) smallest, 1e9));
     }
 
+    double prompt_us() const { return prompt_us_; }
+
 private:
     static constexpr int32_t smallest = 32;
 

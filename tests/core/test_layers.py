@@ -20,7 +20,7 @@ LAYERS: dict[str, int] = {
         (
             *("sampling", "sampling_stages", "sampling_compile", "params", "timings"),
             *("completion", "hub", "packaged", "logs", "engine", "stream", "handle", "session"),
-            *("request_builder", "lora", "model_identity"),
+            *("request_builder", "lora", "model_identity", "mapping", "openai_fields"),
         ),
         3,
     ),
