@@ -4,11 +4,13 @@
 #   Model ──── Vocab                 one llama_model, shared by counted owners (native/handles.h)
 #     ├─────── Context ──┬─ Memory   one llama_context; a share of the model
 #     │                  ├─ Logits, Embeddings    views; a share of the context + one export each
-#     │                  └─ Stepper  the engine's step; a share of the context
+#     │                  ├─ Stepper  the engine's step; a share of the context
+#     │                  └─ Embedder texts to vectors; a share of the context
 #     ├─────── LoraAdapter           one llama_adapter_lora; a share of the model
 #     ├─────── Sampler               one llama_sampler; a chain owns its stages
 #     └─────── FusedSampler          our executor of a sampler chain; a share of the model
 #   Batch                            one llama_batch; stands alone
+#   TokenizedTexts                   token ids of many texts; stands alone
 #
 # The C objects are shared_ptr-owned, so no order of dropping Python objects, and no order in which
 # the collector breaks a cycle, can free a model before its context.
@@ -150,3 +152,25 @@ cdef class Stepper:
     cdef nat.CStepper *_require_open(self) except NULL
     cdef int _require_slot(self, int i) except -1
     cdef int _process(self, object process) except -1
+
+
+cdef class TokenizedTexts:
+    cdef nat.TokenLists _c_texts        # owned
+
+    cdef const vector[int32_t] *_require_text(self, int64_t i) except NULL
+
+
+cdef class _LentRows:
+    cdef Py_buffer _view                # pinned while this object lives
+    cdef bint _pinned
+    cdef object _owner                  # strong: what was lent, to know it again
+
+
+cdef class Embedder:
+    cdef nat.CEmbedder *_c_embedder     # owned; holds a share of the context
+    cdef Context _context               # strong
+    cdef list _outs                     # strong: _LentRows that the queued texts are written to
+
+    cdef nat.CEmbedder *_require_open(self) except NULL
+    cdef int _require_text(self, const vector[int32_t]& ids, int64_t i) except -1
+    cdef float *_rows(self, object out, int64_t row, int64_t n, int32_t *n_dims) except NULL

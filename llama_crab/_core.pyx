@@ -44,6 +44,7 @@ include "handles/backend.pxi"    # devices, system_info, supports_*
 include "handles/params.pxi"     # keyword arguments -> llama_model_params, llama_context_params
 include "handles/model.pxi"      # Model
 include "handles/vocab.pxi"      # Vocab
+include "handles/tokenized_texts.pxi"  # TokenizedTexts
 include "handles/batch.pxi"      # Batch
 include "handles/outputs.pxi"    # Logits, Embeddings
 include "handles/context_checks.pxi"  # memory needed, live exports
@@ -57,6 +58,7 @@ include "handles/fused.pxi"      # FusedSampler
 include "handles/row_scratch.pxi"  # RowScratch: rows under a logits processor
 include "handles/slot_memory.pxi"  # SuspendedSlot; bodies of Stepper.suspend, save, ...
 include "handles/stepper.pxi"    # Stepper: one engine step without the GIL
+include "handles/embedder.pxi"   # Embedder: packed batches of texts to rows of floats
 
 nat.log_install()
 nat.install_abort_handler()

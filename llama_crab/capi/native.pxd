@@ -60,6 +60,7 @@ cdef extern from "native/handles.h" namespace "llama_crab" nogil:
     long live_samplers "(long) llama_crab::live.samplers"
     long live_adapters "(long) llama_crab::live.adapters"
     long live_steppers "(long) llama_crab::live.steppers"
+    long live_embedders "(long) llama_crab::live.embedders"
     void count_batches(long n)
     void count_samplers(long n)
 
@@ -295,3 +296,29 @@ cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
         int64_t n_decoded
         int64_t decode_us
         int64_t sample_us
+
+cdef extern from "native/tokenized_texts.h" namespace "llama_crab" nogil:
+    ctypedef vector[vector[int32_t]] TokenLists
+
+    cppclass TextSpan:
+        const char *data
+        size_t size
+    void tokenize_many(
+        const llama_vocab *vocab, const vector[TextSpan]& texts, bool add_special,
+        bool parse_special, int32_t n_threads, TokenLists& out, Status& status)
+    size_t truncate(TokenLists& texts, size_t max_tokens, bool keep_last)
+
+cdef extern from "native/embedder.h" namespace "llama_crab" nogil:
+    cppclass CEmbedder "llama_crab::Embedder":
+        CEmbedder(ContextPtr context) except +
+        int32_t n_tokens_max()
+        int32_t n_texts_max()
+        int32_t n_text_tokens_max()
+        int32_t n_values()
+        bool per_token()
+        int32_t n_texts()
+        int32_t n_tokens()
+        bool fits(size_t n_tokens)
+        void add(const vector[int32_t]& ids, float *out, int32_t n_dims) except +
+        void run(bool l2, Status& status)
+        void clear()

@@ -23,6 +23,11 @@ cdef dict _TOKEN_ATTRS = {
 }
 
 
+cdef bytes _utf8(object text):
+    # Lone surrogates have no UTF-8 form; "?" as every encoder with "replace" gives.
+    return text.encode("utf-8", "replace") if isinstance(text, str) else bytes(text)
+
+
 cdef object _optional(int32_t token):
     return None if token < 0 else token
 
@@ -80,10 +85,7 @@ cdef class Vocab:
         in the text. Raises `TokenizeError`. Wraps ``llama_tokenize``.
         """
         self._require_open()
-        if isinstance(text, str):
-            # Lone surrogates have no UTF-8 form; "?" as every encoder with "replace" gives.
-            text = text.encode("utf-8", "replace")
-        cdef bytes data = bytes(text)
+        cdef bytes data = _utf8(text)
         cdef const char *start = data
         cdef size_t n = len(data)
         cdef vector[int32_t] out
@@ -96,6 +98,37 @@ cdef class Vocab:
         if status.kind != nat.STATUS_OK:
             raise _error(errors.TokenizeError, status, mark, _str(status.message))
         return out
+
+    def tokenize_many(self, texts, *, bint add_special, bint parse_special, n_threads):
+        """Return the ids of many texts as `TokenizedTexts`, tokenised by `n_threads` threads.
+
+        `texts` is an iterable of what `tokenize` takes; flags and errors as there. The GIL is
+        released. Wraps ``llama_tokenize``, which only reads the vocabulary.
+        """
+        self._require_open()
+        cdef int32_t n = <int32_t> _integer("n_threads", n_threads, 1, lib.GGML_MAX_N_THREADS)
+        if isinstance(texts, (str, bytes, bytearray)):
+            raise TypeError(f"expected texts, not one {type(texts).__name__}")
+        cdef list encoded = [_utf8(text) for text in texts]
+        cdef vector[nat.TextSpan] spans
+        cdef nat.TextSpan span
+        cdef TokenizedTexts found = TokenizedTexts.__new__(TokenizedTexts)
+        cdef nat.Status status
+        cdef uint64_t mark = nat.log_mark()
+        if lib.c_vocab_type(self._c_vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
+            raise errors.TokenizeError("the model has no tokenizer")
+        for data in encoded:
+            span.data = <const char *> (<bytes> data)
+            span.size = len(<bytes> data)
+            spans.push_back(span)
+        with nogil:
+            nat.tokenize_many(
+                self._c_vocab, spans, add_special, parse_special, n, found._c_texts, status)
+        if status.kind == nat.STATUS_FAILED:
+            raise _error(errors.TokenizeError, status, mark, _str(status.message))
+        if status.kind != nat.STATUS_OK:
+            raise _error(errors.TokenizeError, status, mark, "a text cannot be tokenised")
+        return found
 
     def detokenize(self, tokens, bint remove_special, bint unparse_special):
         """Return the bytes of a token sequence; the inverse of `tokenize`.

@@ -19,7 +19,8 @@ inline void enter_forked_child() { ++fork_generation; }
 
 // Live C objects by kind; tests compare it with zero. Order: see live_handle_names in _core.
 struct LiveCounts {
-    std::atomic<long> models{0}, contexts{0}, batches{0}, samplers{0}, adapters{0}, steppers{0};
+    std::atomic<long> models{0}, contexts{0}, batches{0}, samplers{0}, adapters{0}, steppers{0},
+        embedders{0};
 };
 extern LiveCounts live;
 inline void count_batches(long n) { live.batches += n; }    // these two kinds are owned by L2

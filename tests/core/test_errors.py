@@ -26,12 +26,14 @@ ALWAYS = {
     "LoraAdapter": {"close", "closed", "model", "path"},
     "Memory": set(),
     "Stepper": {"context", "pause"},
+    "Embedder": {"context"},
 }
 
 
 def arguments(batch: _core.Batch, context: _core.Context) -> dict[str, tuple[Any, ...]]:
     """Return arguments for every method that needs some."""
     row = np.zeros(64, np.float32)
+    texts = _core.TokenizedTexts.from_ids([[1]])
     greedy = _core.FusedSampler(context.model, [("greedy", {})])
     assign = {
         **{"sampler": greedy, "n_keep": 0, "leader": -1, "max_tokens": 1, "min_tokens": 0},
@@ -71,6 +73,8 @@ def arguments(batch: _core.Batch, context: _core.Context) -> dict[str, tuple[Any
         "FusedSampler.apply": (row,),
         "FusedSampler.select": (row,),
         "FusedSampler.sample": (context,),
+        "Embedder.add": (texts, 0, row.reshape(1, 64), 0),
+        "Embedder.run": ("l2",),
         "Stepper.assign": (0, [1], assign),
         "Stepper.step": (8,),
         "Stepper.reusable_prefix": (0, [1]),
@@ -114,7 +118,7 @@ def test_use_after_close_of_every_attribute_of_every_class(
 ) -> None:
     """Found by introspection, so that a new method is covered or fails here."""
     model = _core.Model(tiny_path)
-    context, batch = _core.Context(model, **ONE), _core.Batch(4)
+    context, batch = _core.Context(model, embeddings=True, **ONE), _core.Batch(4)
     other_batch, other_model = _core.Batch(4), _core.Model(tiny_path)
     other_context = _core.Context(other_model, **ONE)
     closed: list[Any] = [
@@ -124,6 +128,7 @@ def test_use_after_close_of_every_attribute_of_every_class(
         batch,
         context.memory,
         _core.Stepper(context),
+        _core.Embedder(context),
         context,
         model,
     ]
