@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Unpack, overload
 
 from . import _core
@@ -17,8 +18,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
 
+    import numpy as np
+    import numpy.typing as npt
+
     from .completion import Completion
     from .mapping import AsyncCompletionMap
+    from .rerank import RerankResult
     from .session import Session
 
 
@@ -105,6 +110,18 @@ class AsyncLlama:
             **options,
         )
         return AsyncCompletionMap(results)
+
+    async def embed(
+        self, texts: str | Iterable[str | Sequence[int]], **options: Any
+    ) -> npt.NDArray[np.float32]:
+        """Return the embeddings of `texts`; see `Llama.embed`."""
+        return await asyncio.to_thread(partial(self._llama.embed, texts, **options))
+
+    async def rerank(
+        self, query: str, documents: Sequence[str], **options: Any
+    ) -> list[RerankResult]:
+        """Return documents by their relevance to `query`; see `Llama.rerank`."""
+        return await asyncio.to_thread(partial(self._llama.rerank, query, documents, **options))
 
     def session(self) -> Session:
         """Return an empty conversation; see `Llama.session`."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _core
+from .engine import EmbeddingRequest
 from .errors import ContextLengthError
 from .params import ParameterError, require_integer
+from .request_builder import deadline_us, require_priority
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,27 +115,27 @@ def tokenize_texts(
     return ids, ids.truncate(max_tokens, keep_last)
 
 
-def embed_texts(
+def embedding_request(
     embedder: _core.Embedder,
     texts: _core.TokenizedTexts,
     *,
     dimensions: int | None = None,
-    normalize: Literal["l2", "none"] = "l2",
-    between: Callable[[], object] | None = None,
-) -> Vectors:
-    """Return the embeddings of all `texts`.
+    normalize: bool = True,
+    priority: int = 0,
+    timeout: float | None = None,
+) -> EmbeddingRequest:
+    """Return a checked request whose ``vectors`` the engine fills.
 
-    The result is float32 of shape (n_texts, `dimensions`), in the order of the texts; with pooling
-    ``none`` it has a row for each token, text after text. `dimensions` keeps the leading values
-    (default: all), `normalize` then scales each row to length 1. `between` is called after each
-    batch; what it raises ends the work and leaves the embedder usable.
+    They are float32 of shape (n_texts, `dimensions`), in the order of the texts; with pooling
+    ``none`` there is a row for each token, text after text. `dimensions` keeps the leading values
+    (default: all), `normalize` then scales each row to length 1.
 
     Raises `ParameterError` for a text without tokens and for `dimensions` that the model does not
-    have, `ContextLengthError` for a text that is too long, both before anything is computed;
-    `InvalidTokenError`, `DecodeError`. Thread-safety: one thread at a time.
+    have, `ContextLengthError` for a text that is too long.
     """
     import numpy as np
 
+    begin_us = _core.time_us()
     if dimensions is None:
         dimensions = embedder.n_values
     require_integer("dimensions", dimensions, (1, embedder.n_values))
@@ -149,20 +150,12 @@ def embed_texts(
     first_rows = list(range(len(lengths) + 1))
     if embedder.per_token:
         first_rows = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
-    vectors = np.empty((first_rows[-1], dimensions), np.float32)
-    # The longest first, and the shortest into the room that is left.
-    waiting = deque(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True))
-    try:
-        while waiting:
-            while waiting and embedder.add(texts, waiting[0], vectors, first_rows[waiting[0]]):
-                waiting.popleft()
-            while waiting and embedder.add(texts, waiting[-1], vectors, first_rows[waiting[-1]]):
-                waiting.pop()
-            embedder.run(normalize)
-            if between is not None:
-                between()
-    except BaseException:
-        if not embedder.context.closed:
-            embedder.clear()
-        raise
-    return vectors
+    return EmbeddingRequest(
+        texts=texts,
+        vectors=np.empty((first_rows[-1], dimensions), np.float32),
+        first_rows=first_rows,
+        normalize=normalize,
+        priority=require_priority(priority),
+        deadline_us=deadline_us(begin_us, timeout),
+        submit_us=begin_us,
+    )

@@ -11,7 +11,7 @@ from typing import Any, Literal, Unpack, overload
 
 from . import _core, logs
 from .completion import Completion, CompletionChunk
-from .engine import Engine, Scheduler
+from .engine import EmbeddingScheduler, Engine, Scheduler
 from .errors import BackendUnavailableError
 from .lora import LoraSets
 from .model_identity import state_key
@@ -19,6 +19,7 @@ from .params import LlamaParams, ParameterError
 from .request_builder import CallbackOptions, CompletionOptions, Prompt, RequestBuilder
 from .session import Session
 from .stream import CompletionStream
+from .vector_methods import VectorMethods, cannot_generate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _UNREAD_CHUNKS = 64
 
 
-class Llama:
+class Llama(VectorMethods):
     """A model ready to complete text.
 
     ``Llama("model.gguf", n_ctx=2048)`` or ``Llama.load(LlamaParams("model.gguf", n_ctx=2048))``;
@@ -68,19 +69,25 @@ class Llama:
                 )
             self._model = _core.Model(path, **params.model_params())
             if not self._model.has_decoder or self._model.has_encoder:
-                raise ParameterError(f"model: {path} is not a text-generating decoder model")
+                raise ParameterError(f"model: {path} is an encoder-decoder model")
+            if params.embeddings is None and cannot_generate(self._model):
+                params = params.replace(embeddings=True)
             self.params = params.resolve(
                 n_ctx_train=self._model.n_ctx_train, n_threads=default_n_threads()
             )
             self._context = _core.Context(self._model, **self.params.context_params())
-            self._state_key = state_key(self._model, self.params)
-            scheduler = Scheduler(self._context, self._snapshots(), self.params.max_itl_ms)
-            self._engine = Engine(scheduler)
+            self._vocab = self._model.vocab
+            if self.params.embeddings:
+                self._engine: Engine[Any] = Engine(EmbeddingScheduler(self._context))
+            else:
+                self._state_key = state_key(self._model, self.params)
+                store = self._snapshots()
+                scheduler = Scheduler(self._context, store, self.params.max_itl_ms)
+                self._engine = Engine(scheduler)
+                self._lora = LoraSets(self._model, self._engine)
+                self._builder = RequestBuilder(self._vocab, self.params, self.n_ctx, self._lora)
         finally:
             logs.flush()
-        self._vocab = self._model.vocab
-        self._lora = LoraSets(self._model, self._engine)
-        self._builder = RequestBuilder(self._vocab, self.params, self.n_ctx, self._lora)
         self._name = path.name
         self.load_sec = time.perf_counter() - started
         """Seconds that loading the model and creating the context took."""
@@ -249,6 +256,7 @@ class Llama:
             raise ParameterError(f"callback: {callback!r} cannot be called")
         if stream and callback is not None:
             raise ParameterError("callback: not with stream=True, which gives the chunks itself")
+        self._require_text()
         wants_chunks = stream or callback is not None
         request, echo = self._builder.completion(prompt, max_tokens, stream=wants_chunks, **options)
         job = CompletionStream(self._engine, request, self._vocab, echo, self._name, self.load_sec)
@@ -285,6 +293,7 @@ class Llama:
     ) -> CompletionHandle:
         from .handle import CompletionHandle  # with asyncio
 
+        self._require_text()
         request, echo = self._builder.completion(
             prompt, max_tokens, stream=stream, n_news_max=_UNREAD_CHUNKS, **options
         )
@@ -346,10 +355,12 @@ class Llama:
 
         Raises `ModelNotFoundError`, `AdapterError`. Wraps ``llama_adapter_lora_init``.
         """
+        self._require_text()
         return self._lora.load(path)
 
     def session(self) -> Session:
         """Return an empty conversation that keeps its place in the KV cache."""
+        self._require_text()
         return Session(self._engine, self._state_key)
 
     def load_session(
@@ -360,7 +371,61 @@ class Llama:
         `lora` must be what it was computed with. Raises `StateError` for a damaged file or one of
         another model, naming what differs; FileNotFoundError.
         """
+        self._require_text()
         return Session.load(path, self._engine, self._state_key, self._lora.index(lora))
+
+    def complete_infill(
+        self,
+        prefix: str | Sequence[int],
+        suffix: str | Sequence[int],
+        max_tokens: int | None = 128,
+        *,
+        prompt: str = "",
+        extra: Iterable[tuple[str, str]] = (),
+        repository: str = "myproject",
+        filename: str = "filename",
+        spm_infill: bool = False,
+        **options: Any,
+    ) -> Completion:
+        """Fill the gap between `prefix` and `suffix` (texts or token ids) of a file.
+
+        Parameters
+        ----------
+        prompt
+            The beginning of what is to be filled in.
+        extra
+            Other files as (filename, text), for models that know several.
+        repository, filename
+            Names for the model, where its vocabulary has tokens for them.
+        spm_infill
+            The suffix first, for models that were trained so.
+
+        Long texts are cut to what fits, around the gap. The other arguments are those of
+        `create_completion`. Raises `ParameterError` when the model has no FIM tokens.
+        """
+        from .infill import infill_prompt
+
+        self._require_text()
+        n_predict = 0 if max_tokens is None else max_tokens
+        ids = infill_prompt(
+            self._vocab,
+            prefix,
+            suffix,
+            n_ctx=self.n_ctx,
+            n_batch=max(4, min(self._context.n_batch, self.n_ctx - n_predict)),
+            prompt=prompt,
+            extra=extra,
+            n_predict=n_predict,
+            spm_infill=spm_infill,
+            repository=repository,
+            filename=filename,
+        )
+        completion: Completion = self.create_completion(ids, max_tokens, **options)
+        return completion
+
+    def _require_text(self) -> None:
+        if self.params.embeddings:
+            raise ParameterError("embeddings: the model was loaded to embed; it cannot complete")
 
     def _snapshots(self) -> SnapshotStore | None:
         """Return the place for what has to leave the KV cache."""

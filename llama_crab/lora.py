@@ -12,7 +12,7 @@ from .params import ParameterError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .engine import Engine, Scheduler
 
     LoraChoice = _core.LoraAdapter | Mapping[_core.LoraAdapter, float]
 
@@ -28,7 +28,7 @@ class LoraSets:
     Thread-safety: any thread.
     """
 
-    def __init__(self, model: _core.Model, engine: Engine) -> None:
+    def __init__(self, model: _core.Model, engine: Engine[Scheduler]) -> None:
         self._model = model
         self._engine = engine
         self._indices: dict[frozenset[tuple[_core.LoraAdapter, float]], int] = {frozenset(): 0}

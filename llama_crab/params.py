@@ -30,6 +30,8 @@ MAX_THREADS = 512
 RANDOM_SEED = 0xFFFFFFFF
 DEFAULT_N_CTX = 4096
 _NATIVE_N_BATCH = 2048
+_EMBEDDING_TEXTS = 64
+_LEAST_EMBEDDING_TOKENS, _MOST_EMBEDDING_TOKENS = 512, 2048
 
 # The types llama.cpp's own tools offer; the other ggml types crash or abort as a cache.
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
@@ -261,18 +263,37 @@ class LlamaParams:
         ``n_ctx_train`` is the model's trained length in tokens, ``n_threads`` the number of
         threads to use where none is set.
         """
+        if self.embeddings:
+            return self._resolve_embeddings(n_ctx_train, n_threads)
         changes: dict[str, Any] = {}
         n_seq_max = self.n_seq_max or 1
         if self.n_ctx is None:
             per_sequence = min(n_ctx_train, DEFAULT_N_CTX) if n_ctx_train > 0 else DEFAULT_N_CTX
             changes["n_ctx"] = per_sequence * n_seq_max
-        if self.n_outputs_max is None and not self.embeddings:
+        if self.n_outputs_max is None:
             changes["n_outputs_max"] = n_seq_max
         changes["n_threads"] = self.n_threads or n_threads
         changes["n_threads_batch"] = self.n_threads_batch or changes["n_threads"]
         if self.attention_type == "non_causal" and self.n_ubatch is None:
             changes["n_ubatch"] = self.n_batch or _NATIVE_N_BATCH
         return self.replace(**changes)
+
+    def _resolve_embeddings(self, n_ctx_train: int, n_threads: int) -> LlamaParams:
+        """Fill in what embedding needs: a text within one micro-batch, many texts in it."""
+        n_seq_max = self.n_seq_max or _EMBEDDING_TEXTS
+        longest = min(max(n_ctx_train, _LEAST_EMBEDDING_TOKENS), _MOST_EMBEDDING_TOKENS)
+        # llama.cpp asserts that the sequences divide it.
+        n_ubatch = self.n_ubatch or self.n_batch or -(-longest // n_seq_max) * n_seq_max
+        threads = self.n_threads or n_threads
+        return self.replace(
+            n_seq_max=n_seq_max,
+            n_ubatch=n_ubatch,
+            n_batch=self.n_batch or n_ubatch,
+            n_ctx=self.n_ctx or n_ubatch,
+            kv_unified=True if self.kv_unified is None else self.kv_unified,
+            n_threads=threads,
+            n_threads_batch=self.n_threads_batch or threads,
+        )
 
     def replace(self, **changes: Any) -> LlamaParams:
         """Return a copy with some fields changed, checked again as a whole."""

@@ -118,7 +118,7 @@ class RequestBuilder:
         if logit_bias is not None and not isinstance(logit_bias, Mapping):
             raise ParameterError(f"logit_bias: expected a mapping, not {logit_bias!r}")
         self.token_ids("logit_bias", logit_bias or ())
-        require_integer("priority", priority, (-_MOST_PRIORITY, _MOST_PRIORITY))
+        require_priority(priority)
         if session is not None and (n != 1 or best_of not in (None, 1)):
             raise ParameterError("session: a conversation goes on with one answer, so n must be 1")
         chosen = sampler if sampler is not None else self._params.sampler
@@ -144,7 +144,7 @@ class RequestBuilder:
             cache_prompt=cache_prompt,
             logits_processors=_processors(logits_processors),
             priority=priority,
-            deadline_us=_deadline_us(begin_us, timeout),
+            deadline_us=deadline_us(begin_us, timeout),
             adapters=self._lora.index(lora),
             n_news_max=n_news_max if stream else 0,
             submit_us=begin_us,
@@ -227,7 +227,13 @@ def _processors(
     return found
 
 
-def _deadline_us(begin_us: int, timeout: float | None) -> int:
+def require_priority(priority: int) -> int:
+    """Return a priority that a rank can hold. Raises `ParameterError`."""
+    return require_integer("priority", priority, (-_MOST_PRIORITY, _MOST_PRIORITY))
+
+
+def deadline_us(begin_us: int, timeout: float | None) -> int:
+    """Return when a request ends that may take `timeout` seconds; 0 for never."""
     if timeout is None:
         return 0
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:

@@ -6,7 +6,7 @@ import os
 from array import array
 from collections.abc import Mapping, Sequence
 
-from .engine import Engine, Request
+from .engine import Engine, Request, Scheduler
 from .engine.request import Sequence as Answer
 from .errors import ContextBusyError, StateError
 from .params import ParameterError
@@ -33,7 +33,11 @@ class Session:
     """
 
     def __init__(
-        self, engine: Engine, key: Mapping[str, Any], tokens: Sequence[int] = (), adapters: int = 0
+        self,
+        engine: Engine[Scheduler],
+        key: Mapping[str, Any],
+        tokens: Sequence[int] = (),
+        adapters: int = 0,
     ) -> None:
         self._engine = engine
         self._key = key
@@ -89,7 +93,7 @@ class Session:
     def load(
         cls,
         path: str | os.PathLike[str],
-        engine: Engine,
+        engine: Engine[Scheduler],
         key: Mapping[str, Any],
         adapters: int = 0,
     ) -> Session:

@@ -14,7 +14,7 @@ from .completion import (
     TokenLogprob,
     Usage,
 )
-from .engine import Engine, Request
+from .engine import Engine, Request, Scheduler
 from .engine.request import RawLogprobs, token_logprobs
 from .errors import LlamaCrabError
 from .timings import CompletionTimings
@@ -37,7 +37,7 @@ class CompletionStream(Iterator[CompletionChunk]):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine[Scheduler],
         request: Request,
         vocab: Vocab,
         echo: str,
@@ -209,7 +209,7 @@ class CompletionStream(Iterator[CompletionChunk]):
         if with_prompt and request.prompt_logprobs:
             head = request.prompt[0]
             entries.append(TokenLogprob.from_piece(head, self._piece(head), None))
-            found = self._engine.prompt_logprobs(request)
+            found = self._engine.exclusively(self._engine.scheduler.prompt_logprobs, request)
             entries += token_logprobs(request.prompt[1 : len(found) + 1], found, self._piece)
             # The echoed text ends where the prompt's last token does; what it does not show (BOS)
             # comes first.

@@ -11,15 +11,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 from .. import _core
 from ..errors import ClosedError, ForkedProcessError, LlamaCrabError
-from .request import RawLogprobs, Request
-from .scheduler import Scheduler
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, TypeVar, TypeVarTuple
+    from typing import Any, TypeVarTuple
 
     Result = TypeVar("Result")
     Args = TypeVarTuple("Args")
@@ -33,7 +32,53 @@ _HELD_SEC = 0.05
 _DRAIN_POLL_SEC = 0.002
 
 
-class Engine:
+class JobScheduler(Protocol):
+    """What the engine drives: `Scheduler` for text, `EmbeddingScheduler` for vectors."""
+
+    context: _core.Context
+
+    @property
+    def told(self) -> dict[Any, None]:
+        """Requests whose listeners are to be called."""
+
+    def submit(self, request: Any) -> None:
+        """Queue a request."""
+
+    def cancel(self, request: Any) -> None:
+        """End a request."""
+
+    def cancel_all(self) -> None:
+        """End every request."""
+
+    def fail_all(self, error: Exception) -> None:
+        """End every request with `error`."""
+
+    def any_request(self) -> Any:
+        """Return a request that has not ended, or None."""
+
+    def step(self, n_steps_max: int = 1) -> bool:
+        """Do one batch or more; return False when there is nothing to do now."""
+
+    def pause(self) -> None:
+        """Have a `step` of another thread return after its batch."""
+
+    def interrupt(self, request: Any) -> None:
+        """Stop the batch of another thread, if it is a long one of `request`."""
+
+    def can_go_on(self, request: Any) -> bool:
+        """Whether `unhold` would do something."""
+
+    def unhold(self, request: Any) -> None:
+        """Go on with what was held for a slow reader."""
+
+    def stats(self) -> Mapping[str, Any]:
+        """Return counts."""
+
+
+S = TypeVar("S", bound=JobScheduler)
+
+
+class Engine(Generic[S]):
     """Runs requests of any number of threads over one context.
 
     Whoever waits for a request drives the loop, for all requests, and lets others have their turn
@@ -43,7 +88,7 @@ class Engine:
     Thread-safety: every method may be called from any thread.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: S) -> None:
         self.scheduler = scheduler
         self._context = scheduler.context
         self._lock = threading.Lock()
@@ -70,7 +115,7 @@ class Engine:
         """Give the loop a thread. Idempotent. Raises `ClosedError`."""
         self._exclusively(self._start)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Any) -> None:
         """Queue a request. Raises `ClosedError`.
 
         Waits for nothing when the engine has a thread.
@@ -81,7 +126,7 @@ class Engine:
         self._require_submittable()
         self.later(self.scheduler.submit, request)
 
-    def advance(self, request: Request, timeout: float | None = None) -> None:
+    def advance(self, request: Any, timeout: float | None = None) -> None:
         """Wait until `request` has news or is done, running the loop if no thread of its own does.
 
         It may return earlier, when another thread wants its turn. Raises `ClosedError`,
@@ -93,28 +138,24 @@ class Engine:
             limit_us = 0 if timeout is None else _core.time_us() + int(timeout * 1e6)
             self._exclusively(self._advance, request, limit_us)
 
-    def read(self, request: Request) -> None:
+    def read(self, request: Any) -> None:
         """Note that the reader has taken something: what was held for it may go on."""
         if request.n_news_max and self.scheduler.can_go_on(request):
             self.later(self.scheduler.unhold, request)
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: Any) -> None:
         """End a request now; does nothing when it is done.
 
         A batch that is decoding its prompt is stopped, where the backend can, and what others lose
         by that is decoded again.
         """
-        self._interrupt_prefill(request)
+        self._interrupt(request)
         self._exclusively(self._cancel, request)
 
-    def cancel_soon(self, request: Request) -> None:
+    def cancel_soon(self, request: Any) -> None:
         """Do the same without waiting for it: for event loops."""
-        self._interrupt_prefill(request)
+        self._interrupt(request)
         self.later(self._cancel, request)
-
-    def prompt_logprobs(self, request: Request) -> list[RawLogprobs]:
-        """Return the prompt's log-probabilities so far, from the sequence that prefills it."""
-        return self._exclusively(self.scheduler.prompt_logprobs, request)
 
     def stats(self) -> Mapping[str, Any]:
         """Return the scheduler's counts. Raises `ClosedError`."""
@@ -145,14 +186,14 @@ class Engine:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def abandon(self, request: Request) -> None:
+    def abandon(self, request: Any) -> None:
         """Have the next step end a request. Takes no lock: the collector may call this anywhere."""
         self.later(self.scheduler.cancel, request)
 
     def later(self, work: Callable[[*Args], object], *args: *Args) -> None:
         """Have `work` done before the next batch. Takes no lock, as `abandon`."""
         self._inbox.append(partial(work, *args))
-        self.scheduler.stepper.pause()
+        self.scheduler.pause()
         self._work.set()
         if self._closed:
             # Nobody else comes to look: what has been submitted just now must not wait for ever.
@@ -171,7 +212,7 @@ class Engine:
         me = threading.get_ident()
         self._callers[me] = None
         # Always: whoever holds the lock, or takes it before us, must not run on for many batches.
-        self.scheduler.stepper.pause()
+        self.scheduler.pause()
         try:
             with self._lock:
                 self._callers.pop(me, None)
@@ -193,11 +234,11 @@ class Engine:
             self._thread.start()
             _started.add(self)
 
-    def _submit(self, request: Request) -> None:
+    def _submit(self, request: Any) -> None:
         self._require_submittable()
         self.scheduler.submit(request)
 
-    def _advance(self, request: Request, limit_us: int) -> None:
+    def _advance(self, request: Any, limit_us: int) -> None:
         while not request.news and not request.end_us:
             self._require_open()
             if limit_us and _core.time_us() >= limit_us:
@@ -206,7 +247,7 @@ class Engine:
             if self._callers:
                 return
 
-    def _wait(self, request: Request, timeout: float | None) -> None:
+    def _wait(self, request: Any, timeout: float | None) -> None:
         """Sleep until the engine's thread has something for `request`."""
         changed = threading.Event()
         request.listener = changed.set
@@ -240,16 +281,11 @@ class Engine:
                 return progressed
         return None
 
-    def _interrupt_prefill(self, request: Request) -> None:
-        stepper = self.scheduler.stepper
-        slots = [sequence.slot for sequence in request.sequences]
+    def _interrupt(self, request: Any) -> None:
         with contextlib.suppress(ClosedError):  # another thread may be closing it
-            if stepper.can_abort and any(
-                s is not None and stepper.n_in_batch(s) > 1 for s in slots
-            ):
-                self._context.abort()
+            self.scheduler.interrupt(request)
 
-    def _cancel(self, request: Request) -> None:
+    def _cancel(self, request: Any) -> None:
         if not self._closed:
             self._read_inbox()  # it may have been submitted just now
             # An abort that came too late must not hit the next batch.
@@ -295,7 +331,7 @@ class Engine:
             raise ClosedError("the Llama is closed")
 
 
-def _drive(engine_ref: weakref.ref[Engine], work: threading.Event) -> None:
+def _drive(engine_ref: weakref.ref[Engine[Any]], work: threading.Event) -> None:
     """Run the loop of an engine in a thread of its own, until it is closed or gone."""
     while True:
         work.clear()
@@ -311,7 +347,7 @@ def _drive(engine_ref: weakref.ref[Engine], work: threading.Event) -> None:
 
 
 # Threads that are inside the core when the interpreter ends would be torn out of it.
-_started: weakref.WeakSet[Engine] = weakref.WeakSet()
+_started: weakref.WeakSet[Engine[Any]] = weakref.WeakSet()
 
 
 @atexit.register

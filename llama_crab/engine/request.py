@@ -26,6 +26,12 @@ def new_seed() -> int:
     return int.from_bytes(os.urandom(4), "little") % 0xFFFFFFFF
 
 
+def rank_of(submit_us: int, priority: int, deadline_us: int) -> int:
+    """Return a place in the queue, smallest first."""
+    rank = submit_us - priority * _PRIORITY_US
+    return min(rank, deadline_us - _PRIORITY_US) if deadline_us else rank
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One call's worth of work: a prompt and `best_of` answers to it, of which `n` are wanted.
@@ -73,8 +79,7 @@ class Request:
     @property
     def rank(self) -> int:
         """What the queue orders by, smallest first: arrival, priority, deadline."""
-        rank = self.submit_us - self.priority * _PRIORITY_US
-        return min(rank, self.deadline_us - _PRIORITY_US) if self.deadline_us else rank
+        return rank_of(self.submit_us, self.priority, self.deadline_us)
 
     @property
     def done(self) -> bool:

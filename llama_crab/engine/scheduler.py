@@ -117,6 +117,8 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Queue a request; `step` until it is done."""
+        if request.done:
+            return
         request.submit_us = request.submit_us or _core.time_us()
         for sequence in request.sequences:
             self._waiting.push(sequence)
@@ -158,6 +160,19 @@ class Scheduler:
             for sequence in group:
                 return sequence.request
         return None
+
+    def pause(self) -> None:
+        """Have a `step` of another thread return after the batch it is at."""
+        self.stepper.pause()
+
+    def interrupt(self, request: Request) -> None:
+        """Stop the batch of another thread that computes the prompt of `request`.
+
+        Where the backend can, and when nothing is lost: what others lose is decoded again.
+        """
+        slots = [s.slot for s in request.sequences if s.slot is not None]
+        if self.stepper.can_abort and any(self.stepper.n_in_batch(slot) > 1 for slot in slots):
+            self.context.abort()
 
     def can_go_on(self, request: Request) -> bool:
         """Whether a sequence of `request` is held though its reader has caught up.

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <string>
-#include <system_error>
 #include <thread>
 
 #include "handles.h"
@@ -62,7 +62,7 @@ void tokenize_many(const llama_vocab * vocab, const std::vector<TextSpan> & text
         for (size_t i = 0; i < n_others; ++i) {
             try {
                 threads.emplace_back([&work, &statuses, i] { work.run(statuses[i]); });
-            } catch (const std::system_error &) {
+            } catch (const std::exception &) {
                 break;  // no more threads to be had: those there are do it all
             }
         }

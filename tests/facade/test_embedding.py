@@ -50,14 +50,27 @@ def test_rows_are_in_the_order_of_the_texts(
         np.testing.assert_allclose(vectors[i], alone[0], rtol=0, atol=2e-3)
 
 
-def test_batches_are_packed(model: _core.Model, embedder: _core.Embedder) -> None:
+@pytest.mark.parametrize("batch_tokens", [1, 24, 48, 1000])
+def test_batches_are_packed(
+    model: _core.Model, embedder: _core.Embedder, batch_tokens: int
+) -> None:
     texts = texts_of(model, 200)
-    turns = []
-    embed_texts(embedder, texts, between=lambda: turns.append(embedder.n_texts))
-    # No order could do with fewer than this; a batch may waste less than its shortest text.
-    least = max(sum(texts.lengths()) / embedder.n_tokens_max, 200 / embedder.n_texts_max)
-    assert len(turns) <= 1.15 * least + 1
+    turns: list[int] = []
+    vectors = embed_texts(
+        embedder,
+        texts,
+        batch_tokens=batch_tokens,
+        between=lambda: turns.append(embedder.n_texts),
+    )
+    # No order could do with fewer than this: a text is in a batch, and a batch has so much room.
+    room = max(1, min(batch_tokens, embedder.n_tokens_max))
+    lengths = texts.lengths()
+    least = max(sum(min(length, room) for length in lengths) / room, 200 / embedder.n_texts_max)
+    assert least <= len(turns) <= 1.15 * least + 1
     assert not any(turns)
+    np.testing.assert_allclose(vectors, embed_texts(embedder, texts), rtol=0, atol=2e-3)
+    with pytest.raises(ParameterError, match="batch_tokens"):
+        embed_texts(embedder, texts, batch_tokens=0)
 
 
 def test_dimensions_and_normalisation(model: _core.Model, embedder: _core.Embedder) -> None:
