@@ -1,7 +1,7 @@
 """Drive llama.cpp's own CMake into a build folder that outlives each ``pip install``.
 
 ``python build_tools/cmake_build.py [TARGET ...]`` builds the libraries, or the named targets
-(llama-bench, llama-completion) from the same folder with the same flags.
+(llama-bench, llama-server, ...) from the same folder with the same flags.
 """
 
 import os
@@ -189,11 +189,12 @@ def _arguments(
         *settings.isa_flags(),
         "-DLLAMA_BUILD_COMMON=ON",
         "-DLLAMA_BUILD_TOOLS=ON",
-        "-DLLAMA_BUILD_SERVER=OFF",
-        "-DLLAMA_BUILD_EXAMPLES=OFF",
+        _where_present("LLAMA_BUILD_SERVER", source, "tools/server", "tools/cli", "tools/ui"),
+        _where_present("LLAMA_BUILD_EXAMPLES", source, "examples", "pocs"),
         "-DLLAMA_BUILD_TESTS=OFF",
         "-DLLAMA_BUILD_APP=OFF",
         "-DLLAMA_OPENSSL=OFF",
+        "-DLLAMA_BUILD_UI=OFF",
         "-DLLAMA_USE_PREBUILT_UI=OFF",
         "-DLLAMA_BUILD_NUMBER=0",
         f"-DLLAMA_BUILD_COMMIT={fetch.read_pin().commit}",
@@ -208,6 +209,12 @@ def _arguments(
         kind = settings.sanitize.upper()
         arguments += [f"-DGGML_SANITIZE_{kind}=ON", f"-DLLAMA_SANITIZE_{kind}=ON"]
     return [*arguments, *BACKENDS[settings.backend], *settings.cmake_args]
+
+
+def _where_present(option: str, source: Path, *folders: str) -> str:
+    """Return the switch of programs whose folders a pruned tree lacks."""
+    present = all((source / folder / "CMakeLists.txt").is_file() for folder in folders)
+    return f"-D{option}={'ON' if present else 'OFF'}"
 
 
 def linkage(folder: Path) -> Linkage:

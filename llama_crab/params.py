@@ -174,7 +174,7 @@ class LlamaParams:
     sampler: SamplerChain | None = None
     seed: int | None = None
     verbose: bool = False
-    max_itl_ms: float | None = 200.0
+    max_itl_ms: float | None = 500.0
     cache_ram_mib: int = 512
     cache_dir: str | os.PathLike[str] | None = None
     cache_disk_mib: int = 0

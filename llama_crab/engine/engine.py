@@ -125,6 +125,8 @@ class Engine(Generic[S]):
             return
         self._require_submittable()
         self.later(self.scheduler.submit, request)
+        if self._closed:  # just now: nobody else comes to look, and the reader must not wait
+            self._exclusively(self._close)
 
     def advance(self, request: Any, timeout: float | None = None) -> None:
         """Wait until `request` has news or is done, running the loop if no thread of its own does.
@@ -195,10 +197,6 @@ class Engine(Generic[S]):
         self._inbox.append(partial(work, *args))
         self.scheduler.pause()
         self._work.set()
-        if self._closed:
-            # Nobody else comes to look: what has been submitted just now must not wait for ever.
-            with contextlib.suppress(ForkedProcessError):
-                self._exclusively(self._close)
 
     def _exclusively(self, work: Callable[[*Args], Result], *args: *Args) -> Result:
         """Run `work` alone, then let threads that wait get in first.

@@ -55,6 +55,14 @@ def test_builds_that_differ_do_not_share_a_folder() -> None:
     assert Settings().variant == "cpu"
 
 
+def test_programs_are_built_where_the_tree_has_them(tmp_path: Path) -> None:
+    for folder in ("examples", "pocs"):
+        assert cmake_build._where_present("X", tmp_path, "examples", "pocs") == "-DX=OFF"
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "CMakeLists.txt").touch()
+    assert cmake_build._where_present("X", tmp_path, "examples", "pocs") == "-DX=ON"
+
+
 def test_config_setting_selects_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
