@@ -93,17 +93,24 @@ def tokenize_texts(
     """
     if isinstance(texts, str):
         raise ParameterError("texts: expected several, not one string")
+    if not isinstance(texts, Iterable):
+        raise ParameterError(f"texts: expected texts or lists of token ids, not {texts!r}")
     strings: list[str] = []
     lists: list[Sequence[int]] = []
     for text in texts:
         if isinstance(text, str):
             strings.append(text)
+        elif isinstance(text, (bytes, bytearray)):
+            raise ParameterError(f"texts: expected texts or lists of token ids, not {text!r}")
         else:
             lists.append(text)
     if strings and lists:
         raise ParameterError("texts: either strings or token ids, not both")
     if lists:
-        ids = _core.TokenizedTexts.from_ids(lists)
+        try:
+            ids = _core.TokenizedTexts.from_ids(lists)
+        except TypeError as error:
+            raise ParameterError(f"texts: expected texts or lists of token ids: {error}") from None
     else:
         ids = vocab.tokenize_many(
             strings, add_special=True, parse_special=True, n_threads=n_threads

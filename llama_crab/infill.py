@@ -13,6 +13,8 @@ from .params import INT32_MAX, ParameterError, require_integer
 # Comes before each other file where the vocabulary has no token for that.
 _SNIPPET = "\n\n--- snippet ---\n\n"
 _TOKENS_BESIDE_SUFFIX = 2
+# llama-server leaves no room for BOS and the last marker, and fails where they do not fit.
+_TOKENS_FORGOTTEN = 2
 
 
 def infill_prompt(
@@ -50,7 +52,7 @@ def infill_prompt(
     n_ctx, n_batch
         What must hold the prompt. The prefix keeps its last 3/4 of `n_batch` tokens, the suffix its
         first 1/4 less what `prompt` and two markers take, the extra files their last
-        ``n_ctx - n_batch - 2 * n_predict``.
+        ``n_ctx - n_batch - 2 * n_predict``; all of them less where `n_ctx` would be exceeded.
     prompt
         Beginning of what is to be filled in; special tokens in it are read.
     extra
@@ -71,18 +73,19 @@ def infill_prompt(
     fim_suf = _required(vocab.fim_suf, "FIM_SUF")
     fim_mid = _required(vocab.fim_mid, "FIM_MID")
     begin = vocab.tokenize(prompt, False, True)
-    n_prefix = 3 * (n_batch // 4)
-    n_suffix = max(0, n_batch // 4 - _TOKENS_BESIDE_SUFFIX - len(begin))
-    n_others = max(0, n_ctx - n_batch - 2 * n_predict)
-    others = _others(vocab, extra, repository, filename)
+    n_most = n_ctx - n_predict
+    n_gap = max(0, min(n_batch, n_most - _TOKENS_FORGOTTEN))
+    n_prefix = 3 * (n_gap // 4)
+    n_suffix = max(0, n_gap // 4 - _TOKENS_BESIDE_SUFFIX - len(begin))
     before = [fim_pre, *_last(_ids(vocab, prefix), n_prefix), *begin]
     after = [fim_suf, *_ids(vocab, suffix)[:n_suffix]]
-    return [
-        *_last(others, n_others),
+    gap = [
         *([vocab.bos] if vocab.add_bos and vocab.bos is not None else []),
         *(after + before if spm_infill else before + after),
         fim_mid,
     ]
+    n_others = max(0, min(n_ctx - n_batch - 2 * n_predict, n_most - len(gap)))
+    return _last(_others(vocab, extra, repository, filename), n_others) + gap
 
 
 def _required(token: int | None, name: str) -> int:

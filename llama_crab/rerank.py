@@ -33,13 +33,18 @@ def rank_documents(
     `sigmoid` maps scores, which are logits of most models, to 0..1; `top_n` keeps the best.
     Raises `ParameterError` for a negative `top_n`.
     """
-    if top_n is not None:
-        require_integer("top_n", top_n, (0, INT32_MAX))
+    require_top_n(top_n)
     found = [
         RerankResult(i, _sigmoid(score) if sigmoid else float(score), document)
         for i, (score, document) in enumerate(zip(scores, documents, strict=True))
     ]
     return sorted(found, key=lambda result: -result.score)[:top_n]
+
+
+def require_top_n(top_n: int | None) -> None:
+    """Raise `ParameterError` for a number of documents that cannot be."""
+    if top_n is not None:
+        require_integer("top_n", top_n, (0, INT32_MAX))
 
 
 def _sigmoid(x: float) -> float:

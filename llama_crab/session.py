@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from .engine.prefix_cache import Claim
 
-_SAVE_ATTEMPTS = 3
-
 
 class Session:
     """The tokens of a conversation, and a claim on what the KV cache has of them.
@@ -79,15 +77,7 @@ class Session:
         self._require_idle()
         if not self._ids:
             raise StateError("the session is empty: there is nothing to save")
-        for _ in range(_SAVE_ATTEMPTS):
-            self._evaluate()
-            state = self._engine.exclusively(
-                self._engine.scheduler.cache.find, self._ids, self._adapters
-            )
-            if state is not None:
-                write_snapshot(Path(path), self._full_key(), self._ids.tobytes(), state)
-                return
-        raise StateError("other requests took the cells before they could be saved")
+        write_snapshot(Path(path), self._full_key(), self._ids.tobytes(), self._state())
 
     @classmethod
     def load(
@@ -155,20 +145,31 @@ class Session:
             # The collector may call this anywhere, so it waits for the next step.
             self._engine.later(self._engine.scheduler.cache.unprotect, claim)
 
-    def _evaluate(self) -> None:
-        """Have a slot hold exactly these tokens."""
+    def _state(self) -> bytes:
+        """Have a slot hold exactly these tokens, and return its state."""
+        taken: list[bytes | None] = []
+
+        def take(answer: Answer) -> None:
+            # Called while it has its slot: afterwards anybody may take that.
+            if answer.slot is not None:
+                taken.append(self._engine.scheduler.stepper.save(answer.slot))
+
         request = Request(
             prompt=list(self._ids),
             sampler=SamplerChain().greedy(),
             seed=0,
             max_tokens=0,
             adapters=self._adapters,
+            on_end=take,
         )
         self._engine.submit(request)
         while not request.done:
             self._engine.advance(request)
         if request.error is not None:
             raise request.error
+        if not taken or taken[0] is None:
+            raise StateError("the request that computes the session was cancelled")
+        return taken[0]
 
     def _full_key(self) -> dict[str, Any]:
         namespace = self._engine.scheduler.cache.namespaces[self._adapters]

@@ -31,6 +31,7 @@ class VectorMethods:
 
     params: LlamaParams
     _engine: Engine[Any]
+    _context: _core.Context
     _model: _core.Model
     _vocab: _core.Vocab
     _name: str
@@ -60,13 +61,15 @@ class VectorMethods:
         priority, timeout
             As for `create_completion`.
 
-        With ``pooling_type="none"`` there is a row for each token, text after text. Texts of calls
-        that run at the same time share batches.
+        With ``pooling_type="none"`` there is a row for each token, text after text, also for a
+        single text. Texts of calls that run at the same time share batches.
 
-        Raises `ParameterError`, `ContextLengthError`, `DecodeError`, `RequestTimeoutError`.
+        Raises `ParameterError`, `InvalidTokenError`, `ContextLengthError`, `DecodeError`,
+        `RequestTimeoutError`.
         Wraps ``llama_encode`` or ``llama_decode``, ``llama_get_embeddings_seq``.
         """
         many = [texts] if isinstance(texts, str) else texts
+        per_token = self._context.pooling_type == "none"
         vectors = self.create_embedding(
             many,
             dimensions=dimensions,
@@ -75,7 +78,7 @@ class VectorMethods:
             priority=priority,
             timeout=timeout,
         ).vectors
-        return vectors[0] if isinstance(texts, str) and len(vectors) == 1 else vectors
+        return vectors[0] if isinstance(texts, str) and not per_token else vectors
 
     def create_embedding(
         self,
@@ -136,8 +139,9 @@ class VectorMethods:
         separators. Raises `ParameterError` when the model is no reranker; else as `embed`.
         """
         from .embedding import embedding_request
-        from .rerank import rank_documents, rerank_prompts
+        from .rerank import rank_documents, require_top_n, rerank_prompts
 
+        require_top_n(top_n)
         embedder = self._require_embedder()
         if embedder.context.pooling_type != "rank":
             raise ParameterError("rerank: the model is no reranker (pooling_type is not 'rank')")
@@ -163,8 +167,8 @@ class VectorMethods:
         return embedder
 
     def _run(self, request: EmbeddingRequest) -> None:
-        self._engine.submit(request)
         try:
+            self._engine.submit(request)
             while not request.done:
                 self._engine.advance(request)
         except BaseException:

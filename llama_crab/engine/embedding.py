@@ -79,6 +79,7 @@ class EmbeddingScheduler:
         n_most = self.embedder.n_tokens_max
         self._batch_tokens = n_most if _core.supports_gpu_offload() else CPU_BATCH_TOKENS
         self._requests: list[EmbeddingRequest] = []
+        self._taken: list[tuple[EmbeddingRequest, int]] = []
         self.told: dict[EmbeddingRequest, None] = {}
         self.n_batches = 0
         self.n_tokens = 0
@@ -117,25 +118,21 @@ class EmbeddingScheduler:
     def step(self, n_steps_max: int = 1) -> bool:
         """Compute one batch. Raises `DecodeError` when the context fails; all requests end then."""
         self._expire()
-        taken = self._fill()
-        if not taken:
-            return False
         try:
-            self.embedder.run("l2" if taken[0][0].normalize else "none")
+            self._fill()
+            if not self._taken:
+                return bool(self._requests)
+            self._run()
         except DecodeAborted:
             logs.flush(expected=True)
-            for request, text in reversed(taken):
-                request.waiting.appendleft(text)
-            return True
         except DecodeError as error:
             self.fail_all(error)
+            self._taken.clear()
             raise
         finally:
+            # After an abort, Ctrl-C, or while somebody holds a view of the last results.
+            self._put_back()
             logs.flush()
-        self.n_batches += 1
-        for request in {request: None for request, _ in taken}:
-            if not request.waiting:
-                self._end(request)
         return True
 
     def pause(self) -> None:
@@ -159,34 +156,53 @@ class EmbeddingScheduler:
     def unhold(self, request: EmbeddingRequest) -> None:
         """Do nothing: nothing is ever held."""
 
-    def _fill(self) -> list[tuple[EmbeddingRequest, int]]:
-        """Queue texts for a batch, the most urgent request's first; return which."""
-        taken: list[tuple[EmbeddingRequest, int]] = []
+    def _fill(self) -> None:
+        """Queue texts for a batch, the most urgent request's first."""
+        self._put_back()
+        self.embedder.clear()
+        taken = self._taken
         for request in list(self._requests):
             if taken and request.normalize != taken[0][0].normalize:
                 continue
             waiting = request.waiting
             try:
-                # The longest first, and the shortest into the room that is left.
+                # The longest first, and the shortest into the room that is left. Noted first, then
+                # taken: Ctrl-C may come between any two lines, and no text may be lost by that.
                 while waiting and self._add(request, waiting[0]):
-                    taken.append((request, waiting.popleft()))
+                    taken.append((request, waiting[0]))
+                    waiting.popleft()
                 while waiting and self._add(request, waiting[-1]):
-                    taken.append((request, waiting.pop()))
+                    taken.append((request, waiting[-1]))
+                    waiting.pop()
             except LlamaCrabError as error:
                 self._fail(request, error)
-        taken = [(request, text) for request, text in taken if not request.done]
-        if not taken:
-            self.embedder.clear()
-        return taken
+        taken[:] = [(request, text) for request, text in taken if not request.done]
 
     def _add(self, request: EmbeddingRequest, text: int) -> bool:
         n_tokens, length = self.embedder.n_tokens, request.lengths[text]
         if n_tokens > 0 and n_tokens + length > self._batch_tokens:
             return False
-        if not self.embedder.add(request.texts, text, request.vectors, request.first_rows[text]):
-            return False
-        self.n_tokens += length
-        return True
+        return self.embedder.add(request.texts, text, request.vectors, request.first_rows[text])
+
+    def _run(self) -> None:
+        n_tokens = self.embedder.n_tokens
+        self.embedder.run("l2" if self._taken[0][0].normalize else "none")
+        self.n_batches += 1
+        self.n_tokens += n_tokens
+        for request in {request: None for request, _ in self._taken}:
+            if not request.waiting:
+                self._end(request)
+        self._taken.clear()
+
+    def _put_back(self) -> None:
+        """Have the texts of a batch that was not computed wait again."""
+        if not self._taken:
+            return
+        while self._taken:
+            request, text = self._taken[-1]
+            request.waiting.appendleft(text)
+            self._taken.pop()
+        self.embedder.clear()
 
     def _expire(self) -> None:
         now = _core.time_us()

@@ -175,20 +175,6 @@ class PrefixCache:
             if self._store is not None and snapshot.pins:
                 self._store.unpin(snapshot)
 
-    def find(self, ids: array[int], adapters: int) -> bytes | None:
-        """Return the state of exactly `ids`, from a slot or a snapshot; None when it is nowhere."""
-        key = ids.tobytes()
-        tree = self._trees.get(adapters)
-        for n_common, slot in tree.matches(key) if tree else ():
-            if n_common < len(ids):
-                break
-            if self._n_held(slot) == len(ids) and not self._stepper.is_active(slot):
-                return self._stepper.save(slot)
-        if self._store is not None:
-            for _, snapshot in self._store.matches(key, self.namespaces[adapters]):
-                return self._store.load(snapshot) if snapshot.tokens == key else None
-        return None
-
     def adopt(self, ids: array[int], state: bytes, adapters: int, free: list[int]) -> None:
         """Put a state that came from elsewhere into a slot, or else among the snapshots.
 
