@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from .request import Request
     from .snapshots import Snapshot, SnapshotStore
 
 # Fewer tokens are computed again before anything is copied, waited for or moved.
@@ -77,11 +78,18 @@ class PrefixCache:
         self.n_saved = 0
 
     def place(
-        self, ids: array[int], adapters: int, free: Iterable[int], *, reuse: bool = True
+        self,
+        ids: array[int],
+        adapters: int,
+        free: Iterable[int],
+        *,
+        reuse: bool = True,
+        snapshots: bool = True,
     ) -> Placement:
         """Choose a slot among `free` for a prompt; a snapshot may be put into it on the way.
 
-        With `reuse` off nothing of what is there is used, and nothing of it is waited for.
+        With `reuse` off nothing of what is there is used, and nothing of it is waited for; with
+        `snapshots` off only what is in the slots.
         """
         free = sorted(free)
         if not reuse:
@@ -100,7 +108,7 @@ class PrefixCache:
                 leader, led_n = slot, n_common
         if led_n >= best_n + MIN_SHARED:
             return Placement(self._target(free), leader=leader, n_shared=led_n)
-        restored = self._restore(ids, adapters, free, best, best_n)
+        restored = self._restore(ids, adapters, free, best, best_n) if snapshots else None
         if restored is not None:
             return restored
         if best in free and (2 * best_n > self._n_held(best) or len(free) == 1):
@@ -140,6 +148,11 @@ class PrefixCache:
             adapters, key = known
             self._trees[adapters].remove(key, slot)
 
+    def empty(self, slot: int) -> None:
+        """Remove what an idle slot holds from memory."""
+        self._stepper.clear(slot)
+        self.forget(slot)
+
     def evict(self, idle: Iterable[int], but: int = -1) -> bool:
         """Remove the least recently used content from memory; return False if there is none."""
         held = [slot for slot in idle if slot != but and self._n_held(slot) > 0]
@@ -147,18 +160,23 @@ class PrefixCache:
             return False
         slot = min(held, key=lambda slot: (self._claim(slot) is not None, self._used[slot]))
         self._save(slot)
-        self._stepper.clear(slot)
-        self.forget(slot)
+        self.empty(slot)
         return True
 
-    def checkpoint(self, slot: int, ids: array[int], adapters: int) -> None:
-        """Take a snapshot of a running slot, which has `ids` in memory and cannot be cut later."""
-        self._put(slot, ids.tobytes(), adapters)
+    def takes_checkpoint(self, request: Request) -> bool:
+        """Whether the state at the end of a prompt is wanted: it cannot be cut to it later."""
+        return (
+            not self._stepper.can_cut
+            and self._store is not None
+            and request.cache_prompt
+            and len(request.prompt) > MIN_SHARED
+        )
 
-    @property
-    def keeps_snapshots(self) -> bool:
-        """Whether there is a place for what has to leave the slots."""
-        return self._store is not None
+    def checkpoint(self, slot: int, request: Request) -> None:
+        """Take a snapshot of a running slot, if it is at the end of its prompt."""
+        ids = request.prompt[:-1]
+        if self._n_held(slot) == len(ids):
+            self._put(slot, array("i", ids).tobytes(), request.adapters)
 
     def protect(self, ids: array[int], adapters: int) -> Claim:
         """Have the content of a conversation leave its slot, and the snapshots, after all other."""
@@ -298,12 +316,21 @@ class PrefixCache:
                 return None
             if not self._stepper.can_cut and n_common < snapshot.n_tokens:
                 continue
+            state = store.load(snapshot)
+            if state is None:
+                return self.place(ids, adapters, free)  # it was damaged, and is gone
+            in_ram = snapshot.path is None and not snapshot.pins
+            if in_ram and self._stepper.can_cut and store.ram_free < len(state):
+                store.drop(snapshot)  # it changes places with what the slot holds
+            store.pin(snapshot)
             slot = self._target(free, but=best if len(free) > 1 else -1)
-            if not self._has_cells(snapshot.n_tokens, slot, free, best):
-                return None
-            n_keep = self._load(snapshot, slot, ids, adapters)
-            if n_keep > best_n:
-                return Placement(slot, n_keep=n_keep)
+            store.unpin(snapshot)
+            if self._has_cells(snapshot.n_tokens, slot, free, best):
+                n_keep = self._load(snapshot, state, slot, ids, adapters)
+                if n_keep > best_n:
+                    return Placement(slot, n_keep=n_keep)
+            # It did not help, and may have cost what was there.
+            return self.place(ids, adapters, free, snapshots=False)
         return None
 
     def _has_cells(self, n: int, slot: int, free: list[int], best: int) -> bool:
@@ -311,19 +338,17 @@ class PrefixCache:
         context = self._stepper.context
         if not context.kv_unified:
             return True
-        self._stepper.clear(slot)
-        self.forget(slot)
+        self.empty(slot)
         while self._stepper.n_cells_used + n > context.n_ctx:
             if not self.evict([other for other in free if other != slot], but=best):
                 return False
         return True
 
-    def _load(self, snapshot: Snapshot, slot: int, ids: array[int], adapters: int) -> int:
+    def _load(
+        self, snapshot: Snapshot, state: bytes, slot: int, ids: array[int], adapters: int
+    ) -> int:
         """Put a snapshot into a slot; return how many tokens of the prompt it gives."""
         assert self._store is not None
-        state = self._store.load(snapshot)
-        if state is None:
-            return 0
         tokens = array("i", snapshot.tokens)
         try:
             if not self._stepper.restore(slot, tokens, state, adapters):

@@ -15,7 +15,7 @@ from ..errors import (
     RequestTimeoutError,
 )
 from .delivery import Delivery
-from .prefix_cache import MIN_SHARED, Placement, PrefixCache
+from .prefix_cache import Placement, PrefixCache
 from .request import RawLogprobs, Request, Sequence
 from .swap import Swap
 from .waiting import WaitingLine
@@ -76,9 +76,9 @@ class Scheduler:
         self._running: dict[int, Sequence] = {}
         self._held: dict[Sequence, None] = {}  # of those, whose reader is behind
         self._priorities: Counter[int] = Counter()  # of those that run
-        # The sequence that found no cells, and how many had left their slots then.
+        # The sequence that found no cells, and the count of what may have made room since.
         self._no_cells_for: tuple[Sequence, int] | None = None
-        self._n_left = 0
+        self._n_changes = 0
         self._delivery = Delivery(self.stepper, self._leave, self._hold, self._fail)
         self._deadlines: dict[Request, None] = {}
         self._interrupted = False
@@ -228,8 +228,8 @@ class Scheduler:
         for slot in news:
             sequence = self._running.get(slot)
             if sequence is not None:
-                if self._takes_checkpoint(sequence):
-                    self._checkpoint(sequence, slot)
+                if self.cache.takes_checkpoint(sequence.request):
+                    self.cache.checkpoint(slot, sequence.request)
                 self._delivery.collect(sequence)
         self._interrupted = False
         return self.stepper.n_steps != before or bool(news)
@@ -274,7 +274,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while (sequence := self._waiting.first()) is not None:
-            if self._no_cells_for == (sequence, self._n_left):
+            if self._no_cells_for == (sequence, self._n_changes):
                 return
             if len(self._running) == self.stepper.n_slots and not self._free_a_slot(sequence):
                 return
@@ -282,7 +282,7 @@ class Scheduler:
             try:
                 started = sequence.slot is not None and sequence is self._running.get(sequence.slot)
                 if not started and not self._start(sequence):
-                    self._no_cells_for = (sequence, self._n_left)
+                    self._no_cells_for = (sequence, self._n_changes)
                     return
             except LlamaCrabError as error:
                 self._fail(sequence.request, error)
@@ -292,11 +292,12 @@ class Scheduler:
     def _free_a_slot(self, wanted: Sequence) -> bool:
         """Suspend a sequence that must not keep `wanted` waiting; return False if none must."""
         victims = list(self._held)
-        if not victims and min(self._priorities) < wanted.request.priority:
+        if not victims and min(self._priorities, default=0) < wanted.request.priority:
             victims = [
                 sequence
                 for sequence in self._running.values()
                 if sequence.request.priority < wanted.request.priority
+                and _rank(sequence) > _rank(wanted)
             ]
         if victims:
             self._suspend(max(victims, key=_rank))
@@ -314,19 +315,26 @@ class Scheduler:
         else:
             self._fail(last.request, error)
 
-    def _fits(self, place: Placement, n_tokens: int) -> bool:
+    def _fits(self, sequence: Sequence, place: Placement, n_tokens: int) -> bool:
         """Make room for a sequence of `n_tokens`; return False while others need the cells."""
         if not self._unified:
             return True
+        n_taken_over = place.n_keep if place.source < 0 and place.leader < 0 else 0
+        if n_taken_over == 0:
+            self.cache.empty(place.slot)
+        suspension = sequence.suspension
+        restores = suspension and suspension.state and suspension.n_past > place.n_keep
+        n_reused = 0 if restores else place.n_reused
         margin = _CELLS_TO_GROW * (len(self._running) + 1)
-        needed = min(n_tokens - place.n_reused + margin, self.context.n_ctx)
+        needed = min(n_tokens - n_reused + margin, self.context.n_ctx)
+        # The rest of what it takes over goes.
+        needed -= self.stepper.progress(place.slot)[2] - n_taken_over
         idle = [slot for slot in self._idle() if slot not in (place.slot, place.source)]
         while self.stepper.n_cells_used + needed > self.context.n_ctx:
             if self.cache.evict(idle):
                 continue
-            if not self._held:
+            if not self._free_a_slot(sequence):
                 return not self._running
-            self._suspend(max(self._held, key=_rank))
         return True
 
     def _start(self, sequence: Sequence) -> bool:
@@ -338,8 +346,12 @@ class Scheduler:
         place = self.cache.place(ids, request.adapters, self._idle(), reuse=reuse)
         if leader >= 0:
             place.leader, place.n_shared = leader, len(ids)
-        if not self._fits(place, len(ids)):
+        n_changes = self._n_changes
+        if not self._fits(sequence, place, len(ids)):
             return False
+        if self._n_changes != n_changes and leader < 0:
+            # What had to go may have been where the beginning was to come from.
+            place = self.cache.place(ids, request.adapters, self._idle(), reuse=reuse)
         if suspension:
             self._swap.back(sequence, place)
         else:
@@ -359,7 +371,7 @@ class Scheduler:
             from .processors import Processors
 
             self._processors = Processors(self.stepper, self._running)
-        checkpoint = len(request.prompt) - 1 if self._takes_checkpoint(sequence) else -1
+        checkpoint = len(request.prompt) - 1 if self.cache.takes_checkpoint(request) else -1
         self.stepper.assign(
             place.slot,
             request.prompt,
@@ -397,21 +409,6 @@ class Scheduler:
         else:
             self._waiting.push(sequence)
 
-    def _takes_checkpoint(self, sequence: Sequence) -> bool:
-        """Whether its state at the end of the prompt is wanted: it cannot be cut to it later."""
-        request = sequence.request
-        return (
-            not self.stepper.can_cut
-            and self.cache.keeps_snapshots
-            and request.cache_prompt
-            and len(request.prompt) > MIN_SHARED
-        )
-
-    def _checkpoint(self, sequence: Sequence, slot: int) -> None:
-        ids = sequence.request.prompt[:-1]
-        if self.stepper.progress(slot)[2] == len(ids):
-            self.cache.checkpoint(slot, array("i", ids), sequence.request.adapters)
-
     def _leader(self, request: Request) -> int:
         """Return the slot that is prefilling the same request's prompt, or -1."""
         for other in request.sequences:
@@ -422,6 +419,7 @@ class Scheduler:
     def _hold(self, sequence: Sequence, slot: int) -> None:
         self.stepper.hold(slot, True)
         self._held[sequence] = None
+        self._n_changes += 1  # others may take its cells now
         if self.can_go_on(sequence.request):  # the reader was faster than this
             self.unhold(sequence.request)
 
@@ -435,7 +433,7 @@ class Scheduler:
             if not self._priorities[sequence.request.priority]:
                 del self._priorities[sequence.request.priority]
         self._held.pop(sequence, None)
-        self._n_left += 1
+        self._n_changes += 1
         sequence.slot = None
 
     def _fail(self, request: Request, error: Exception) -> None:

@@ -127,6 +127,11 @@ class SnapshotStore:
         return self._ram.used
 
     @property
+    def ram_free(self) -> int:
+        """Bytes of state data that memory takes before something has to leave it."""
+        return self._ram.budget - self._ram.used
+
+    @property
     def disk_used(self) -> int:
         """Bytes of state data on disk."""
         return self._disk.used

@@ -335,6 +335,10 @@ void Stepper::release(int32_t i, Finish reason) {
         } else {
             other.request.leader   = heir_at;
             other.request.n_shared = std::min(other.request.n_shared, heir->request.n_shared);
+            if (heir->n_prompt != other.n_prompt) {
+                // No other answer to the same prompt: it needs a row of its own.
+                other.request.n_shared = std::min(other.request.n_shared, other.n_prompt - 1);
+            }
         }
     }
 }

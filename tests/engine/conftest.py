@@ -15,6 +15,7 @@ from llama_crab.engine import Scheduler
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from engine_requests import MakeScheduler
+from fresh_runs import Bench, Known
 
 
 @pytest.fixture
@@ -33,3 +34,16 @@ def make(tiny: _core.Model) -> Iterator[MakeScheduler]:
     yield scheduler
     for context in contexts:
         context.close()
+
+
+@pytest.fixture(scope="session")
+def known_answers() -> Known:
+    return {}
+
+
+@pytest.fixture
+def bench(tiny: _core.Model, known_answers: Known) -> Iterator[Bench]:
+    """Return a maker of schedulers over the tiny model that knows what requests give alone."""
+    found = Bench(tiny, known_answers)
+    yield found
+    found.close()
