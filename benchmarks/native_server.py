@@ -1,4 +1,4 @@
-"""llama.cpp's own programs for many requests: llama-server, llama-batched-bench, llama-embedding.
+"""llama.cpp's own programs for many requests: llama-server and llama-batched-bench.
 
 The client shares the cores with the server, and ggml's threads lose far more than the time that is
 taken from them. So a request is one write and reads that block, on a socket file (no port to race
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import socket
 import subprocess
@@ -226,35 +225,3 @@ def batched_bench(
         )
         for row in rows
     }
-
-
-def embedding(
-    native: Native,
-    model: Path,
-    texts: Sequence[str],
-    *,
-    pooling: str,
-    n_ctx: int,
-    flash_attn: bool = True,
-    flags: Sequence[str] = (),
-) -> float:
-    """Return llama-embedding's texts per second, with batches of `n_ctx` tokens.
-
-    From its own "total time", which begins when the model is loaded and warm: tokenising, decoding,
-    pooling and normalising. Its "prompt eval time" is no use: it does not wait for the results.
-    """
-    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
-        file.write("\n".join(texts))
-        file.flush()
-        command = [
-            str(native.folder / "llama-embedding"),
-            *_shared_flags(model, n_ctx, n_ctx, n_ctx, flash_attn),
-            *("-f", file.name, "--pooling", pooling, "-lv", "4"),
-            # A format that it does not know: prints nothing, computes no similarity matrix.
-            *("--embd-output-format", "none", *flags),
-        ]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-    total = re.search(r"total time = +([\d.]+) ms", done.stdout + done.stderr)
-    if not total:
-        raise RuntimeError(f"llama-embedding printed no total time:\n{done.stderr[-2000:]}")
-    return len(texts) / (float(total[1]) / 1e3)

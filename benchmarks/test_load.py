@@ -1,4 +1,4 @@
-"""Many users at once against llama-server, taking turns; the engine's own cost; embeddings.
+"""Many users at once against llama-server, taking turns; the engine's own cost.
 
 The environment chooses model and sizes (README.md), so that the same file serves a GPU machine.
 """
@@ -20,11 +20,10 @@ from load import (
     closed_loop,
     latencies,
     mixed_requests,
-    sentences,
     shared_prefix_requests,
     tokens_per_sec,
 )
-from native_server import NativeServer, batched_bench, embedding
+from native_server import NativeServer, batched_bench
 from pytest_benchmark.fixture import BenchmarkFixture
 from side_by_side import GPU_LAYERS, N_THREADS, ROOT, Native, spread
 
@@ -40,7 +39,6 @@ SEQUENCES = [int(n) for n in setting("SEQUENCES", "1,4,8,16").split(",")]
 KV = setting("KV", "split,unified").split(",")
 N_USERS = int(setting("USERS", "16"))
 N_PREFIX = int(setting("PREFIX", "1000"))
-N_TEXTS = int(setting("TEXTS", "128"))
 # Longest prompt and answer of a mixed request, rounded up to what llama.cpp pads a cache to.
 N_CTX_SEQ = 512
 GREEDY = SamplerChain().greedy()
@@ -264,54 +262,3 @@ def test_overhead_of_a_step(
     }
     benchmark.extra_info.update(figure)
     figures[f"overhead/step_of_{n}"] = figure
-
-
-@pytest.mark.benchmark(group="embeddings")
-def test_embeddings(
-    benchmark: BenchmarkFixture, native: Native, figures: dict[str, Any], smollm2: Path
-) -> None:
-    """Texts per second, tokenising included, against llama-embedding.
-
-    LLAMA_CRAB_BENCH_EMBED_MODEL names a model made for it; a text model serves as well.
-    """
-    path = Path(setting("EMBED_MODEL", str(smollm2)))
-    pooling = setting("EMBED_POOLING", "mean")
-    n_ctx = int(setting("EMBED_CTX", "2048"))
-    lines = sentences(4 * N_TEXTS, seed=1)
-    texts = [" ".join(lines[i : i + 1 + i % 4]) for i in range(N_TEXTS)]
-    ours: list[float] = []
-    theirs: list[float] = []
-    with load(
-        path,
-        embeddings=True,
-        pooling_type=pooling,
-        n_ctx=n_ctx,
-        n_batch=n_ctx,
-        n_ubatch=n_ctx,
-        n_seq_max=256,
-        kv_unified=True,
-    ) as llama:
-
-        def run() -> None:
-            start = time.perf_counter()
-            vectors = llama.embed(texts)
-            ours.append(len(texts) / (time.perf_counter() - start))
-            assert vectors.shape == (len(texts), llama.model.n_embd)
-
-        run()
-        ours.clear()
-        benchmark.pedantic(
-            run,
-            setup=lambda: theirs.append(
-                embedding(native, path, texts, pooling=pooling, n_ctx=n_ctx)
-            ),
-            rounds=ROUNDS,
-        )
-    figure = {
-        "ratio": round(statistics.median(ours) / statistics.median(theirs), 4),
-        "paired_ratio": paired(ours, theirs),
-        "ours_texts_s": spread(ours),
-        "llama_embedding_texts_s": spread(theirs),
-    }
-    benchmark.extra_info.update(figure)
-    figures[f"embeddings/{path.stem}"] = figure

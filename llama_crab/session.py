@@ -105,6 +105,8 @@ class Session:
     def begin(self, request: Request) -> None:
         """Make `request`, whose prompt goes on from here, the one that extends the session."""
         self._require_idle()
+        if request.prompt[: len(self._ids)] != list(self._ids):
+            raise ContextBusyError("the session went on while this request was prepared")
         self._request = request
         request.on_end = self._finished
 
@@ -162,7 +164,7 @@ class Session:
             adapters=self._adapters,
             on_end=take,
         )
-        self._engine.submit(request)
+        self._engine.submit(request, draining=True)
         while not request.done:
             self._engine.advance(request)
         if request.error is not None:

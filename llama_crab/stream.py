@@ -16,6 +16,7 @@ from .completion import (
 )
 from .engine import Engine, Request, Scheduler
 from .engine.request import RawLogprobs, token_logprobs
+from .engine.request import Sequence as Answer
 from .errors import LlamaCrabError
 from .timings import CompletionTimings
 
@@ -122,14 +123,18 @@ class CompletionStream(Iterator[CompletionChunk]):
             pass
         return self._completion()
 
+    def _chosen(self) -> list[Answer]:
+        """Return the `n` answers that were asked for, the best of `best_of`."""
+        request = self._request
+        if request.best_of == request.n:
+            return request.sequences
+        ranked = sorted(request.sequences, key=lambda sequence: -sequence.mean_logprob)
+        return ranked[: request.n]
+
     def _completion(self) -> Completion:
         request = self._request
         if request.error is not None:
             raise request.error
-        chosen = request.sequences
-        if request.best_of > request.n:
-            ranked = sorted(chosen, key=lambda sequence: -sequence.mean_logprob)
-            chosen = ranked[: request.n]
         return Completion(
             id=request.id,
             created=self._created,
@@ -140,7 +145,7 @@ class CompletionStream(Iterator[CompletionChunk]):
                     self._echo,
                     self._logprobs(sequence.tokens, sequence.logprobs),
                 )
-                for i, sequence in enumerate(chosen)
+                for i, sequence in enumerate(self._chosen())
             ),
             usage=self._usage(),
             timings=self._timings(),
@@ -177,7 +182,7 @@ class CompletionStream(Iterator[CompletionChunk]):
         else:
             logprobs = self._logprobs(news.tokens, news.logprobs, offsets, with_prompt=False)
         self._n_ended += news.last
-        whole = news.last and self._n_ended == len(request.sequences)
+        whole = news.last and self._n_ended == request.n
         return CompletionChunk(
             text=text,
             index=index,

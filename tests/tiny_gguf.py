@@ -143,6 +143,7 @@ def write_model(
     n_split: int = 1,
     seed: int = 0,
     pooling: gguf.PoolingType | None = None,
+    rerank_template: str | None = None,
 ) -> list[Path]:
     """Write a model of 2 layers; return its files, one for each split."""
     rng = np.random.default_rng(seed)
@@ -164,6 +165,8 @@ def write_model(
                 writer.add_pooling_type(pooling)
             if pooling == gguf.PoolingType.RANK:
                 writer.add_classifier_output_labels(["LABEL_0"])
+            if rerank_template is not None:
+                writer.add_string("tokenizer.chat_template.rerank", rerank_template)
         if n_split > 1:
             writer.add_uint16("split.no", index)
             writer.add_uint16("split.count", n_split)
@@ -177,9 +180,17 @@ def write_model(
     return files
 
 
-def write_reranker(path: Path, tokens: Tokens, *, seed: int = 0) -> Path:
+def write_reranker(
+    path: Path, tokens: Tokens, *, template: str | None = None, seed: int = 0
+) -> Path:
     """Write a BERT that scores a pair of texts: the tokens must be `wpm_tokens`."""
-    return write_model(path, tokens, arch="bert", seed=seed, pooling=gguf.PoolingType.RANK)[0]
+    return write_model(
+        *(path, tokens),
+        arch="bert",
+        seed=seed,
+        pooling=gguf.PoolingType.RANK,
+        rerank_template=template,
+    )[0]
 
 
 def write_embedder(path: Path, tokens: Tokens, *, pooling: str = "mean", seed: int = 0) -> Path:

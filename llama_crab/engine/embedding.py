@@ -145,6 +145,10 @@ class EmbeddingScheduler:
         """Return False: nothing is ever held."""
         return False
 
+    def close(self) -> None:
+        """Give up what it has of the context."""
+        self.embedder.close()
+
     def stats(self) -> Mapping[str, Any]:
         """Return counts of the queue and of what was computed."""
         return {

@@ -74,6 +74,9 @@ class JobScheduler(Protocol):
     def stats(self) -> Mapping[str, Any]:
         """Return counts."""
 
+    def close(self) -> None:
+        """Give up what it has of the context."""
+
 
 S = TypeVar("S", bound=JobScheduler)
 
@@ -113,17 +116,21 @@ class Engine(Generic[S]):
 
     def start(self) -> None:
         """Give the loop a thread. Idempotent. Raises `ClosedError`."""
-        self._exclusively(self._start)
+        if self._thread is None:
+            self._exclusively(self._start)
 
-    def submit(self, request: Any) -> None:
-        """Queue a request. Raises `ClosedError`.
+    def submit(self, request: Any, *, draining: bool = False) -> None:
+        """Queue a request; while the engine drains only with `draining`. Raises `ClosedError`.
 
         Waits for nothing when the engine has a thread.
         """
+        if self._draining and not draining:
+            self._require_open()
+            raise ClosedError("the engine is draining: it takes no new requests")
         if self._thread is None:
-            self._exclusively(self._submit, request)
+            self._exclusively(self._if_open, self.scheduler.submit, request)
             return
-        self._require_submittable()
+        self._require_open()
         self.later(self.scheduler.submit, request)
         if self._closed:  # just now: nobody else comes to look, and the reader must not wait
             self._exclusively(self._close)
@@ -157,7 +164,7 @@ class Engine(Generic[S]):
     def cancel_soon(self, request: Any) -> None:
         """Do the same without waiting for it: for event loops."""
         self._interrupt(request)
-        self.later(self._cancel, request)
+        self.later(self._cancel_now, request)
 
     def stats(self) -> Mapping[str, Any]:
         """Return the scheduler's counts. Raises `ClosedError`."""
@@ -232,10 +239,6 @@ class Engine(Generic[S]):
             self._thread.start()
             _started.add(self)
 
-    def _submit(self, request: Any) -> None:
-        self._require_submittable()
-        self.scheduler.submit(request)
-
     def _advance(self, request: Any, limit_us: int) -> None:
         while not request.news and not request.end_us:
             self._require_open()
@@ -247,12 +250,15 @@ class Engine(Generic[S]):
 
     def _wait(self, request: Any, timeout: float | None) -> None:
         """Sleep until the engine's thread has something for `request`."""
-        changed = threading.Event()
+        changed, before = threading.Event(), request.listener
         request.listener = changed.set
-        if request.news or request.end_us:  # it came before the listener did
-            return
-        if not changed.wait(timeout):
-            raise TimeoutError("the request is not done yet")
+        try:
+            if request.news or request.end_us:  # it came before the listener did
+                return
+            if not changed.wait(timeout):
+                raise TimeoutError("the request is not done yet")
+        finally:
+            request.listener = before
 
     def _step(self) -> bool:
         """Run the loop once, then call those who have got something; False if all is held."""
@@ -286,10 +292,13 @@ class Engine(Generic[S]):
     def _cancel(self, request: Any) -> None:
         if not self._closed:
             self._read_inbox()  # it may have been submitted just now
-            # An abort that came too late must not hit the next batch.
-            self._context.clear_abort()
-            self.scheduler.cancel(request)
+            self._cancel_now(request)
             self._call_listeners()
+
+    def _cancel_now(self, request: Any) -> None:
+        # An abort that came too late must not hit the next batch.
+        self._context.clear_abort()
+        self.scheduler.cancel(request)
 
     def _close(self) -> None:
         self._read_inbox()
@@ -297,6 +306,7 @@ class Engine(Generic[S]):
         self._call_listeners()
         if not self._closed:
             self._context.close()
+            self.scheduler.close()  # it has a share of the context
             self._closed = True
             _started.discard(self)
 
@@ -318,11 +328,6 @@ class Engine(Generic[S]):
         self._require_open()
         self._read_inbox()
         return work(*args)
-
-    def _require_submittable(self) -> None:
-        self._require_open()
-        if self._draining:
-            raise ClosedError("the engine is draining: it takes no new requests")
 
     def _require_open(self) -> None:
         if self._closed:

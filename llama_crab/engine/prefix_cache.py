@@ -111,7 +111,12 @@ class PrefixCache:
         restored = self._restore(ids, adapters, free, best, best_n) if snapshots else None
         if restored is not None:
             return restored
-        if best in free and (2 * best_n > self._n_held(best) or len(free) == 1):
+        covers = best in free and 2 * best_n > self._n_held(best)
+        if covers and best_n < self._n_held(best) and len(free) > 1 and self._claim(best):
+            covers = (
+                best_n < MIN_SHARED
+            )  # the rest belongs to a conversation: a fork goes beside it
+        if covers or [best] == free:
             if best_n < self._n_held(best):
                 self._save(best)
             return Placement(best, n_keep=best_n)

@@ -149,6 +149,10 @@ class Scheduler:
         """Put the state of a saved sequence into the prefix cache. Raises `StateError`."""
         self.cache.adopt(ids, state, adapters, self._idle())
 
+    def close(self) -> None:
+        """Give up what it has of the context."""
+        self.stepper.close()
+
     def fail_all(self, error: Exception) -> None:
         """End every request with `error`."""
         for request in self._requests():

@@ -53,7 +53,17 @@ cdef class Embedder:
 
     cdef nat.CEmbedder *_require_open(self) except NULL:
         self._context._require_open()
+        if self._c_embedder == NULL:
+            raise errors.ClosedError("the embedder is closed")
         return self._c_embedder
+
+    def close(self):
+        """Give up the share of the context. Idempotent."""
+        cdef nat.CEmbedder *embedder = self._c_embedder
+        self._c_embedder = NULL
+        self._outs = []
+        with nogil:
+            del embedder
 
     @property
     def context(self):

@@ -36,7 +36,17 @@ cdef class Stepper:
 
     cdef nat.CStepper *_require_open(self) except NULL:
         self._context._require_open()
+        if self._c_stepper == NULL:
+            raise errors.ClosedError("the stepper is closed")
         return self._c_stepper
+
+    def close(self):
+        """Give up the share of the context, and the samplers. Idempotent."""
+        cdef nat.CStepper *stepper = self._c_stepper
+        self._c_stepper = NULL
+        self._samplers = []
+        with nogil:
+            del stepper
 
     cdef int _require_slot(self, int i) except -1:
         if not 0 <= i < self._c_stepper.n_slots():

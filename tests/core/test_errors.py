@@ -25,8 +25,8 @@ ALWAYS = {
     "FusedSampler": {"close", "closed", "stages"},
     "LoraAdapter": {"close", "closed", "model", "path"},
     "Memory": set(),
-    "Stepper": {"context", "pause"},
-    "Embedder": {"context"},
+    "Stepper": {"close", "context", "pause"},
+    "Embedder": {"close", "context"},
 }
 
 

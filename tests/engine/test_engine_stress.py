@@ -332,7 +332,9 @@ def nothing_else_lives() -> Iterator[None]:
     before = _core.live_handles()
     yield
     gc.collect()
-    assert _core.live_handles() == before
+    # The fixtures' objects hold the weights and the adapters.
+    for kind in ("contexts", "steppers", "samplers"):
+        assert _core.live_handles()[kind] == before[kind]
     assert not [t for t in threading.enumerate() if t.name == "llama_crab engine"]
 
 

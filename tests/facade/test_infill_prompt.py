@@ -111,14 +111,37 @@ def test_prefix_and_suffix_are_cut_to_a_batch(
     vocab = all_fim
     prefix, suffix = list(range(300, 400)), list(range(400, 500))
     middle = vocab.tokenize(prompt, False, True)
-    found = infill_prompt(vocab, prefix, suffix, prompt=prompt, n_ctx=n_batch, n_batch=n_batch)
+    found = infill_prompt(vocab, prefix, suffix, prompt=prompt, n_ctx=4096, n_batch=n_batch)
     n_prefix = min(100, 3 * (n_batch // 4))
     n_suffix = min(100, max(0, n_batch // 4 - 2 - len(middle)))
-    assert found == [
+    expected = [
         *(vocab.bos, vocab.fim_pre, *prefix[100 - n_prefix :], *middle),
         *(vocab.fim_suf, *suffix[:n_suffix]),
         vocab.fim_mid,
     ]
+    assert found[-len(expected) :] == expected
+
+
+@pytest.mark.parametrize("n_ctx", [16, 64, 65, 66, 67, 200])
+@pytest.mark.parametrize("n_batch", [16, 64, 4096])
+@pytest.mark.parametrize("n_predict", [0, 1, 7])
+@pytest.mark.parametrize("spm_infill", [False, True])
+def test_prompt_and_answer_fit_the_context(
+    all_fim: _core.Vocab, n_ctx: int, n_batch: int, n_predict: int, spm_infill: bool
+) -> None:
+    long = list(range(300, 600))
+    found = infill_prompt(
+        *(all_fim, long, long),
+        n_ctx=n_ctx,
+        n_batch=n_batch,
+        extra=EXTRA * 100,
+        n_predict=n_predict,
+        spm_infill=spm_infill,
+    )
+    room = n_ctx - n_predict
+    # What is rounded off is less than 4 tokens of prefix and suffix; and room for two answers is
+    # kept from the extra files.
+    assert room - 4 - n_predict <= len(found) <= room
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -181,19 +180,3 @@ def test_sigmoid_maps_scores_to_probabilities() -> None:
     found = rank_documents([0.0, 1000.0, -1000.0, 1.0], ["a", "b", "c", "d"], sigmoid=True)
     assert [result.document for result in found] == ["b", "d", "a", "c"]
     assert [result.score for result in found] == pytest.approx([1, 0.7310585786, 0.5, 0])
-
-
-def test_a_reranker_scores_the_prompts(tiny_gguf: ModuleType, tiny_reranker_path: Path) -> None:
-    from llama_crab.embedding import embed_texts
-
-    with (
-        _core.Model(tiny_reranker_path) as model,
-        _core.Context(model, n_seq_max=4, embeddings=True, n_threads=1) as context,
-    ):
-        texts, _ = rerank_prompts(
-            model.vocab, QUERY, DOCUMENTS, template=model.chat_template("rerank"), n_threads=1
-        )
-        scores = embed_texts(_core.Embedder(context), texts, normalize="none")
-        assert scores.shape == (4, 1)
-        found = rank_documents(scores[:, 0].tolist(), DOCUMENTS, top_n=2)
-    assert [result.score for result in found] == sorted(scores[:, 0].tolist(), reverse=True)[:2]
