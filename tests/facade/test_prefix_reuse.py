@@ -114,7 +114,9 @@ def test_each_of_several_conversations_keeps_its_own_memory(smol_llama: Llama) -
 
 @pytest.fixture(scope="module")
 def window_llama(gemma_path: Path) -> Iterator[Llama]:
-    with Llama(gemma_path, n_ctx=1024, n_ubatch=64, swa_full=False) as llama:
+    # Without snapshots: one of the prompt's end would serve.
+    fields = {"n_ctx": 1024, "n_ubatch": 64, "swa_full": False, "cache_ram_mib": 0}
+    with Llama(gemma_path, **fields) as llama:
         assert llama.model.n_swa == 512
         yield llama
 
@@ -157,7 +159,8 @@ def test_gemma_decodes_again_what_its_window_has_dropped(window_llama: Llama) ->
 def test_a_windowed_model_answers_as_a_fresh_one_at_every_cut(tiny_swa_path: Path) -> None:
     """A window of 16 in a cache of 256 cells: near cuts are kept, far ones decoded again."""
     rng = np.random.default_rng(3)
-    with Llama(tiny_swa_path, n_ctx=512, n_ubatch=8, n_threads=1, swa_full=False) as llama:
+    fields = {"n_ctx": 512, "n_ubatch": 8, "n_threads": 1, "cache_ram_mib": 0}
+    with Llama(tiny_swa_path, swa_full=False, **fields) as llama:
         stepper = llama._engine.scheduler.stepper
         n_vocab = llama.model.vocab.n_tokens - 2
         whole = [int(token) for token in rng.integers(0, n_vocab, 400)]
