@@ -32,11 +32,11 @@ lint: $(VENV)/dev build
 bench: $(VENV)/dev build native native-servers models  ## ratios to native llama-bench, in one run
 	$(BIN)/pytest benchmarks $(PYTEST_ARGS)
 
-native: $(VENV)/tools  ## llama-bench and llama-completion, same tree, same flags
-	$(BIN)/python build_tools/cmake_build.py llama-bench llama-completion
+native: $(VENV)/tools  ## what tests and benchmarks compare with: same tree, same flags
+	$(BIN)/python build_tools/cmake_build.py llama-bench llama-completion llama-embedding
 
 native-servers: $(VENV)/tools  ## what answers many requests at once; takes minutes the first time
-	$(BIN)/python build_tools/cmake_build.py llama-server llama-batched-bench llama-embedding
+	$(BIN)/python build_tools/cmake_build.py llama-server llama-batched-bench
 
 wheel: $(VENV)/tools
 	$(BIN)/python setup.py -q bdist_wheel

@@ -15,11 +15,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from load import Answer, LoadRequest
 from side_by_side import GPU_LAYERS, N_THREADS, Native
@@ -180,48 +177,26 @@ def _message(request: LoadRequest, *, stream: bool, cache_prompt: bool) -> bytes
     return head.encode() + body
 
 
-@dataclass(frozen=True, slots=True)
-class BatchedSpeed:
-    """What llama-batched-bench says of n equal sequences: no sampling, no requests, no text."""
-
-    prompt_per_sec: float
-    generated_per_sec: float
-    """Generated tokens over the time of the generation."""
-    whole_per_sec: float
-    """Generated tokens over the time of prompts and generation, one after the other."""
-
-
 def batched_bench(
     native: Native,
     model: Path,
-    n_parallel: Sequence[int],
+    n_parallel: int,
     *,
     n_prompt: int,
     n_gen: int,
+    n_ctx: int,
     kv_unified: bool,
     flash_attn: bool = True,
-    n_ctx: int | None = None,
     n_batch: int = 2048,
     n_ubatch: int = 512,
-) -> dict[int, BatchedSpeed]:
-    """Return the speeds by number of sequences.
-
-    The context is split, where it is, for the largest number: ask for one at a time to compare.
-    """
-    n_ctx = n_ctx or max(n_parallel) * (n_prompt + n_gen)
+) -> float:
+    """Return tokens per second of n equal sequences while they generate: no sampling, no text."""
     command = [
         str(native.folder / "llama-batched-bench"),
         *_shared_flags(model, n_ctx, n_batch, n_ubatch, flash_attn),
-        *("-npp", str(n_prompt), "-ntg", str(n_gen), "-npl", ",".join(map(str, n_parallel))),
+        *("-npp", str(n_prompt), "-ntg", str(n_gen), "-npl", str(n_parallel)),
         *("--kv-unified" if kv_unified else "--no-kv-unified", "--output-format", "jsonl"),
     ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    rows: list[dict[str, Any]] = [
-        json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")
-    ]
-    return {
-        row["pl"]: BatchedSpeed(
-            row["speed_pp"], row["speed_tg"], row["pl"] * row["tg"] / (row["t_pp"] + row["t_tg"])
-        )
-        for row in rows
-    }
+    (row,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return float(row["speed_tg"])

@@ -20,6 +20,7 @@ from load import (
     closed_loop,
     latencies,
     mixed_requests,
+    prose,
     shared_prefix_requests,
     tokens_per_sec,
 )
@@ -102,9 +103,7 @@ def test_mixed_load(
 ) -> None:
     """`n` clients with questions and answers of many lengths, new ones each round."""
     n_ctx, kv_unified = n * N_CTX_SEQ, kv == "unified"
-    speeds: dict[str, list[float]] = {
-        name: [] for name in ("ours", "server", "batched", "batched_whole")
-    }
+    speeds: dict[str, list[float]] = {"ours": [], "server": []}
     waits: dict[str, list[dict[str, float]]] = {"ours": [], "server": []}
     rounds: Iterator[int] = iter(range(ROUNDS + 1))
     requests: list[LoadRequest] = []
@@ -123,17 +122,6 @@ def test_mixed_load(
             answers = closed_loop(server.ask, requests, n)
             speeds["server"].append(tokens_per_sec(answers))
             waits["server"].append(latencies(answers))
-            ceiling = batched_bench(
-                native,
-                load_model,
-                [n],
-                n_prompt=round(statistics.mean(len(request.prompt) for request in requests)),
-                n_gen=round(statistics.mean(request.max_tokens for request in requests)),
-                kv_unified=kv_unified,
-                n_ctx=n_ctx,
-            )[n]
-            speeds["batched"].append(ceiling.generated_per_sec)
-            speeds["batched_whole"].append(ceiling.whole_per_sec)
 
         def run() -> None:
             answers = closed_loop(ask, requests, n)
@@ -145,15 +133,63 @@ def test_mixed_load(
     figure = {
         "ratio": round(median["ours"] / median["server"], 4),
         "paired_ratio": paired(speeds["ours"], speeds["server"]),
-        # Above the first of these nobody gets: prompts take their time as well.
-        "of_generation_ceiling": paired(speeds["ours"], speeds["batched"]),
-        "of_whole_ceiling": paired(speeds["ours"], speeds["batched_whole"]),
-        "server_of_whole_ceiling": paired(speeds["server"], speeds["batched_whole"]),
         **{f"{name}_tok_s": spread(values) for name, values in speeds.items()},
         **{f"{name}_latency": medians(rows) for name, rows in waits.items()},
     }
     benchmark.extra_info.update(figure)
     figures[f"load/{kv}/{n}/{load_model.stem}"] = figure
+
+
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize("n", SEQUENCES)
+@pytest.mark.benchmark(group="generation")
+def test_generation(
+    benchmark: BenchmarkFixture,
+    native: Native,
+    figures: dict[str, Any],
+    load_model: Path,
+    n: int,
+    kv: str,
+) -> None:
+    """`n` equal answers whose prompts are known, against what llama-batched-bench generates."""
+    n_prompt, n_gen, kv_unified = 112, 128, kv == "unified"
+    n_ctx = n * (n_prompt + n_gen + 16)
+    speeds: dict[str, list[float]] = {"ours": [], "batched": []}
+    with load(load_model, n_ctx=n_ctx, n_seq_max=n, kv_unified=kv_unified) as llama:
+        prompts = [prose(llama.tokenize, n_prompt, seed) for seed in range(n)]
+        options: dict[str, Any] = {"sampler": GREEDY, "ignore_eos": True}
+
+        def before() -> None:
+            found = batched_bench(
+                native,
+                load_model,
+                n,
+                n_prompt=n_prompt,
+                n_gen=n_gen,
+                n_ctx=n_ctx,
+                kv_unified=kv_unified,
+            )
+            speeds["batched"].append(found)
+            for handle in [llama.submit(prompt, 1, **options) for prompt in prompts]:
+                handle.result()
+
+        def run() -> None:
+            start = time.perf_counter()
+            for handle in [llama.submit(prompt, n_gen, **options) for prompt in prompts]:
+                handle.result()
+            speeds["ours"].append(n * n_gen / (time.perf_counter() - start))
+
+        before()
+        run()
+        for values in speeds.values():
+            values.clear()
+        benchmark.pedantic(run, setup=before, rounds=ROUNDS)
+    figure = {
+        "paired_ratio": paired(speeds["ours"], speeds["batched"]),
+        **{f"{name}_tok_s": spread(values) for name, values in speeds.items()},
+    }
+    benchmark.extra_info.update(figure)
+    figures[f"generation/{kv}/{n}/{load_model.stem}"] = figure
 
 
 @pytest.mark.benchmark(group="prefix")
