@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 
 from llama_crab import Completion, CompletionStream, Llama, SamplerChain
 
-ROOT = Path(__file__).resolve().parents[2]
+FindProgram = Callable[[str], Path]
 GREEDY = SamplerChain().greedy()
 N_CTX, N_BATCH, N_UBATCH, N_TOKENS = 1024, 128, 64, 64
 PROMPTS = {
@@ -29,18 +28,8 @@ PROMPTS = {
 
 
 @pytest.fixture(scope="session")
-def llama_completion() -> Path:
-    """Return the program that `make native` built from the same tree with the same flags."""
-    override = os.environ.get("LLAMA_CRAB_NATIVE_BIN")
-    folders = [Path(override)] if override else sorted((ROOT / "build").glob("llama.cpp-*/bin"))
-    for folder in folders:
-        found = shutil.which("llama-completion", path=folder)
-        if found is not None:
-            return Path(found)
-    message = "llama-completion is missing: run `make native`"
-    if os.environ.get("CI") == "true":
-        pytest.fail(message)
-    pytest.skip(message)
+def llama_completion(find_program: FindProgram) -> Path:
+    return find_program("llama-completion")
 
 
 @pytest.fixture(scope="module", params=["smol", "gemma"])
