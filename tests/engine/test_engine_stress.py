@@ -30,8 +30,8 @@ PATIENCE_SEC = 60
 
 SAMPLERS = {
     "greedy": SamplerChain().greedy(),
-    "drawn": SamplerChain().penalties(32, 1.3, 0.1).top_k(50).temp(1.0),
-    "words": SamplerChain().grammar('root ::= ([a-z]+ " ")+').temp(0.9),
+    "drawn": SamplerChain().penalties(32, 1.3, 0.1).top_k(10).temp(1.0),
+    "words": SamplerChain().grammar('root ::= ([a-z]+ " ")+').top_k(10).temp(0.9),
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "unified": {"n_ctx": 512, "n_seq_max": 6, "kv_unified": True, "cache_ram_mib": 0},
@@ -89,6 +89,7 @@ class Outcome:
     tokens: tuple[int, ...]
     text: str
     ended: bool
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass
@@ -138,7 +139,8 @@ class Stress:
         n = rng.choice([1, 1, 1, 2, 3])
         options = {
             "n": n, "priority": rng.choice([0, 0, 0, -1, 1, 2]),
-            "logprobs": rng.choice([None, None, 1]), "cache_prompt": rng.random() < 0.9, **more,
+            "logprobs": rng.choice([None, None, 1]) if job.sampler == "greedy" else 1,
+            "cache_prompt": rng.random() < 0.9, **more,
         }  # fmt: skip
         handle = self.llama.submit(
             list(job.prompt), stream=stream, **job.options(self.adapters), **options
@@ -149,7 +151,9 @@ class Stress:
     def note(self, job: Job, completion: Any) -> None:
         for index, choice in enumerate(completion.choices):
             ended = choice.finish_reason != "cancelled"
-            self.outcomes.append(Outcome(job, index, choice.tokens, choice.text, ended))
+            entries = choice.logprobs.tokens if choice.logprobs is not None else ()
+            logprobs = tuple(entry.logprob for entry in entries)
+            self.outcomes.append(Outcome(job, index, choice.tokens, choice.text, ended, logprobs))
 
     def wait(self, rng: random.Random) -> None:
         jobs = [any_job(rng) for _ in range(rng.randrange(1, 4))]
@@ -159,7 +163,8 @@ class Stress:
 
     def call(self, rng: random.Random) -> None:
         job = any_job(rng)
-        self.note(job, self.llama.create_completion(list(job.prompt), **job.options(self.adapters)))
+        options = job.options(self.adapters)
+        self.note(job, self.llama.create_completion(list(job.prompt), logprobs=1, **options))
 
     def read(self, rng: random.Random) -> None:
         job = any_job(rng)
@@ -262,29 +267,62 @@ class Stress:
         asyncio.run(main())
 
 
+class Judge:
+    """Compares outcomes with what a context of its own gives."""
+
+    def __init__(self, alone: Llama, lora_paths: list[Path]) -> None:
+        self._alone = alone
+        self._adapters = [alone.load_lora(path) for path in lora_paths]
+        self.n_whole = self.n_close_calls = 0
+
+    def check(self, job: Job, index: int, outcomes: list[Outcome]) -> None:
+        options = job.options(self._adapters) | {"seed": job.seed + index, "cache_prompt": False}
+        expected = self._alone.create_completion(list(job.prompt), **options)
+        for found in outcomes:
+            pairs = zip(found.tokens, expected.tokens, strict=False)
+            parted = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
+            if parted is not None:
+                assert self._is_close_call(found, parted, options["lora"]), (found, expected.tokens)
+                self.n_close_calls += 1
+            elif found.ended:
+                assert (found.tokens, found.text) == (expected.tokens, expected.text), job
+                self.n_whole += 1
+            else:
+                assert len(found.tokens) <= len(expected.tokens), job
+                assert expected.text.startswith(found.text.rstrip("\ufffd")), job
+
+    def _is_close_call(self, found: Outcome, at: int, lora: Any) -> bool:
+        """Whether the token had, when it was chosen, the logit that it has here.
+
+        Then it was rounding that made a draw or a tie fall elsewhere, in a batch of another size.
+        """
+        prompt = [*found.job.prompt, *found.tokens[:at]]
+        options = {"sampler": SAMPLERS["greedy"], "lora": lora, "cache_prompt": False}
+        n_vocab = self._alone.model.vocab.n_tokens
+        same = self._alone.create_completion(
+            prompt, 1, logprobs=n_vocab, ignore_eos=True, **options
+        )
+        here = {top.token_id: top.logprob for top in same.choices[0].logprobs.tokens[0].top}
+        if found.job.sampler == "greedy":
+            return bool(max(here.values()) - here[found.tokens[at]] < 1e-3)
+        return not found.logprobs or abs(found.logprobs[at] - here[found.tokens[at]]) < 1e-3
+
+
 def check_outcomes(
     outcomes: list[Outcome], tiny_path: Path, lora_paths: list[Path], rng: random.Random, n: int
-) -> int:
-    """Compare up to `n` with what a context of its own gives; return how many were whole."""
+) -> None:
+    """Compare those of up to `n` jobs."""
     by_job: dict[tuple[Job, int], list[Outcome]] = {}
     for outcome in outcomes:
         by_job.setdefault((outcome.job, outcome.index), []).append(outcome)
     keys = list(by_job)
     rng.shuffle(keys)
-    n_whole = 0
     with Llama(tiny_path, n_ctx=512, n_seq_max=1, **FIELDS) as alone:
-        adapters = [alone.load_lora(path) for path in lora_paths]
+        judge = Judge(alone, lora_paths)
         for job, index in keys[:n]:
-            options = job.options(adapters) | {"seed": job.seed + index, "cache_prompt": False}
-            expected = alone.create_completion(list(job.prompt), **options)
-            for found in by_job[job, index]:
-                if found.ended:
-                    assert (found.tokens, found.text) == (expected.tokens, expected.text), job
-                    n_whole += 1
-                else:
-                    assert found.tokens == expected.tokens[: len(found.tokens)], job
-                    assert expected.text.startswith(found.text.rstrip("\ufffd")), job
-    return n_whole
+            judge.check(job, index, by_job[job, index])
+    assert judge.n_whole > 20
+    assert judge.n_close_calls <= 1 + judge.n_whole // 50
 
 
 def check_at_rest(llama: Llama, requests: list[Any]) -> None:
@@ -294,8 +332,11 @@ def check_at_rest(llama: Llama, requests: list[Any]) -> None:
         time.sleep(0.01)  # those that were dropped are ended by the engine's thread
     assert all(request.done for request in requests)
     requests.clear()  # they know their sessions, which have claims
-    gc.collect()
     scheduler = llama._engine.scheduler
+    while any(map(len, scheduler.cache._claims.values())) and time.monotonic() < limit:
+        gc.collect()
+        llama.create_completion([300], 1)  # the next step does what was put off until then
+    llama.create_completion([300], 1)
     stats = llama.stats()
     assert (stats["n_running"], stats["n_waiting"]) == (0, 0)
     for left in ("_held", "_parked", "_running", "_priorities", "_deadlines", "told"):
@@ -348,8 +389,7 @@ def stress(
         work.run(seconds)
         check_at_rest(llama, work.handles)
         n_suspended = llama.stats()["n_suspended"]
-    n_whole = check_outcomes(work.outcomes, tiny_path, lora_paths, random.Random(seed), 150)
-    assert n_whole > 20
+    check_outcomes(work.outcomes, tiny_path, lora_paths, random.Random(seed), 150)
     assert n_suspended > 0
     return work
 

@@ -22,7 +22,7 @@ from llama_crab.sampling import SamplerChain
 
 KINDS = ["llama", "window", "window in a full cache", "recurrent", "hybrid"]
 UNIFIED = [False, True]
-DRAWN = SamplerChain().penalties(32, 1.3).temp(1.0)
+DRAWN = SamplerChain().penalties(32, 1.3).top_k(10).temp(1.0)
 DEAD_END = SamplerChain().grammar('root ::= "yes"').greedy()
 
 
