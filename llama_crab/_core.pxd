@@ -110,6 +110,7 @@ cdef class RowScratch:
 
 
 cdef class LoraAdapter:
+    cdef object __weakref__
     cdef nat.AdapterPtr _c_adapter      # this object's share
     cdef Model _model
     cdef readonly str path

@@ -123,8 +123,15 @@ class Llama(VectorMethods):
         return self._engine.drain(timeout)
 
     def close(self) -> None:
-        """Free the context and the model; running requests end as cancelled. Idempotent."""
+        """Free the context and the model; running requests end as cancelled. Idempotent.
+
+        The vocabulary and the adapters are closed with it: answers that were not read yet can be,
+        but for their log-probabilities.
+        """
         self._engine.close()
+        if not self.params.embeddings:
+            self._lora.close()
+        self._vocab.close()
         self._model.close()
 
     def __enter__(self) -> Llama:

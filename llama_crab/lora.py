@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
+from weakref import WeakSet
 
 from . import _core
 from .errors import AdapterError
@@ -32,10 +34,18 @@ class LoraSets:
         self._model = model
         self._engine = engine
         self._indices: dict[frozenset[tuple[_core.LoraAdapter, float]], int] = {frozenset(): 0}
+        self._loaded: WeakSet[_core.LoraAdapter] = WeakSet()
 
     def load(self, path: str | os.PathLike[str]) -> _core.LoraAdapter:
         """Load an adapter for the model. Raises `ModelNotFoundError`, `AdapterError`."""
-        return _core.LoraAdapter(self._model, path)
+        adapter = _core.LoraAdapter(self._model, path)
+        self._loaded.add(adapter)
+        return adapter
+
+    def close(self) -> None:
+        """Close the adapters, which keep the model in memory."""
+        for adapter in list(self._loaded):
+            adapter.close()
 
     def index(self, choice: LoraChoice | None) -> int:
         """Return the number of a set; 0 is the model alone."""
@@ -57,6 +67,8 @@ class LoraSets:
                 )
             if isinstance(scale, bool) or not isinstance(scale, (int, float)):
                 raise ParameterError(f"lora: expected a number as scale, not {scale!r}")
+            if not math.isfinite(scale):
+                raise ParameterError(f"lora: expected a finite scale, not {scale!r}")
             if adapter.closed:
                 raise AdapterError(f"lora: the adapter {adapter.path} is closed")
             if adapter.model is not self._model:

@@ -156,6 +156,11 @@ class Session:
             if answer.slot is not None:
                 taken.append(self._engine.scheduler.stepper.save(answer.slot))
 
+        n_ctx = self._engine.scheduler.context.n_ctx_seq
+        if len(self._ids) > n_ctx:
+            raise StateError(
+                f"the session fills its context of {n_ctx} tokens: its last token has no state"
+            )
         request = Request(
             prompt=list(self._ids),
             sampler=SamplerChain().greedy(),

@@ -285,9 +285,11 @@ cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
         void set_adapters(int32_t index, AdapterSet set) except +
         int32_t n_adapter_sets()
         int32_t n_cells_used() except +
+        int32_t n_cells_to_come()
         int32_t n_in_batch(int32_t i)
         bool can_abort()
         bool can_cut()
+        bool can_cut_saved()
         const Slot& slot(int32_t i)
         int32_t n_slots()
         vector[int32_t] events

@@ -88,6 +88,7 @@ class Delivery:
         """Note that a sequence of `request` has ended; so has the request when all have."""
         if not request.end_us and all(s.finish_reason is not None for s in request.sequences):
             request.end_us = _core.time_us()
+            request.on_end = None
         self._note(request)
 
     def _take_answer(self, sequence: Sequence, slot: int, *, final: bool = True) -> str:

@@ -319,13 +319,13 @@ class PrefixCache:
             n_common = min(n_common, len(ids) - 1)
             if n_common < best_n + MIN_SHARED:
                 return None
-            if not self._stepper.can_cut and n_common < snapshot.n_tokens:
+            if not self._stepper.can_cut_saved and n_common < snapshot.n_tokens:
                 continue
             state = store.load(snapshot)
             if state is None:
                 return self.place(ids, adapters, free)  # it was damaged, and is gone
             in_ram = snapshot.path is None and not snapshot.pins
-            if in_ram and self._stepper.can_cut and store.ram_free < len(state):
+            if in_ram and self._stepper.can_cut_saved and store.ram_free < len(state):
                 store.drop(snapshot)  # it changes places with what the slot holds
             store.pin(snapshot)
             slot = self._target(free, but=best if len(free) > 1 else -1)

@@ -321,6 +321,7 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence, place: Placement, n_tokens: int) -> bool:
         """Make room for a sequence of `n_tokens`; return False while others need the cells."""
+        stepper, n_ctx = self.stepper, self.context.n_ctx
         if not self._unified:
             return True
         n_taken_over = place.n_keep if place.source < 0 and place.leader < 0 else 0
@@ -330,11 +331,10 @@ class Scheduler:
         restores = suspension and suspension.state and suspension.n_past > place.n_keep
         n_reused = 0 if restores else place.n_reused
         margin = _CELLS_TO_GROW * (len(self._running) + 1)
-        needed = min(n_tokens - n_reused + margin, self.context.n_ctx)
-        # The rest of what it takes over goes.
-        needed -= self.stepper.progress(place.slot)[2] - n_taken_over
+        needed = min(n_tokens - n_reused + margin, n_ctx)
+        needed -= stepper.progress(place.slot)[2] - n_taken_over  # the rest of that goes
         idle = [slot for slot in self._idle() if slot not in (place.slot, place.source)]
-        while self.stepper.n_cells_used + needed > self.context.n_ctx:
+        while stepper.n_cells_used + stepper.n_cells_to_come + needed > n_ctx:
             if self.cache.evict(idle):
                 continue
             if not self._free_a_slot(sequence):

@@ -85,7 +85,7 @@ def write_snapshot(
     ValueError
         `tokens` are not whole ids.
     """
-    _write(path, _encode(key, tokens, data, namespace), tokens, data)
+    _write(path, _encode(key, tokens, data, namespace), tokens, data, durable=True)
 
 
 def write_into(
@@ -94,13 +94,14 @@ def write_into(
     """Write a state to a folder, made if need be, and return the file.
 
     Its name depends on all that is in it: processes that write different states do not collide.
+    A power failure may lose it, for which its checksums are there: a cache does not wait for disks.
     Raises as `write_snapshot`.
     """
     start = _encode(key, tokens, data, namespace)
     name = hashlib.blake2b(start + tokens, digest_size=16).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (name + SUFFIX)
-    _write(path, start, tokens, data)
+    _write(path, start, tokens, data, durable=False)
     return path
 
 
@@ -151,14 +152,15 @@ def _encode(key: Mapping[str, Any], tokens: bytes, data: bytes, namespace: str) 
     return _HEAD.pack(_MAGIC, _VERSION, len(encoded), _digest(encoded)) + encoded
 
 
-def _write(path: Path, start: bytes, tokens: bytes, data: bytes) -> None:
+def _write(path: Path, start: bytes, tokens: bytes, data: bytes, *, durable: bool) -> None:
     temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "xb", opener=_open_private) as file:
             for part in (start, tokens, data):
                 file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

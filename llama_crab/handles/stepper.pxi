@@ -91,6 +91,11 @@ cdef class Stepper:
         return self._require_open().can_cut()
 
     @property
+    def can_cut_saved(self):
+        """Whether the same holds of a state that `save` gave: of a sliding window never."""
+        return self._require_open().can_cut_saved()
+
+    @property
     def can_abort(self):
         """Whether a batch that `Context.abort` stopped can be decoded again."""
         return self._require_open().can_abort()
@@ -99,6 +104,11 @@ cdef class Stepper:
     def n_cells_used(self):
         """Cells of the KV cache in use; those that sequences share are counted once."""
         return self._require_open().n_cells_used()
+
+    @property
+    def n_cells_to_come(self):
+        """Cells that the known tokens of running slots will take beyond those in use."""
+        return self._require_open().n_cells_to_come()
 
     @property
     def target_us(self):

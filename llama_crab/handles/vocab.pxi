@@ -34,7 +34,9 @@ cdef object _optional(int32_t token):
 
 @cython.final
 cdef class Vocab:
-    """The vocabulary of a model; obtained as ``model.vocab``, valid as long as you hold it.
+    """The vocabulary of a model; obtained as ``model.vocab``, valid until it is closed.
+
+    It keeps the model's weights in memory, also when the `Model` was closed.
 
     Thread-safety: immutable; any thread may tokenise.
 
@@ -45,8 +47,8 @@ cdef class Vocab:
         raise TypeError("use model.vocab")
 
     cdef int _require_open(self) except -1:
-        if self._c_model == NULL:  # made by __new__ alone
-            raise errors.ClosedError("use model.vocab")
+        if self._c_model == NULL:
+            raise errors.ClosedError("the vocabulary is closed")
         _check_generation(self._c_model.get().generation)
         return 0
 
@@ -58,6 +60,16 @@ cdef class Vocab:
         if lib.c_vocab_type(self._c_vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
             raise errors.TokenizeError("the model has no tokenizer")
         return 0
+
+    def close(self):
+        """Give up this object's share of the model. Idempotent."""
+        cdef nat.ModelPtr share = move(self._c_model)
+        with nogil:
+            share.reset()
+
+    @property
+    def closed(self):
+        return self._c_model == NULL
 
     def __len__(self):
         return self.n_tokens
@@ -91,6 +103,7 @@ cdef class Vocab:
         cdef vector[int32_t] out
         cdef nat.Status status
         cdef uint64_t mark = nat.log_mark()
+        cdef nat.ModelPtr kept = self._c_model  # another thread may close it
         if lib.c_vocab_type(self._c_vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
             raise errors.TokenizeError("the model has no tokenizer")
         with nogil:
@@ -115,6 +128,7 @@ cdef class Vocab:
         cdef TokenizedTexts found = TokenizedTexts.__new__(TokenizedTexts)
         cdef nat.Status status
         cdef uint64_t mark = nat.log_mark()
+        cdef nat.ModelPtr kept = self._c_model
         if lib.c_vocab_type(self._c_vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
             raise errors.TokenizeError("the model has no tokenizer")
         for data in encoded:
@@ -145,6 +159,7 @@ cdef class Vocab:
         _tokens(tokens, ids)
         for i in range(ids.size()):
             self._require_token(ids[i])
+        cdef nat.ModelPtr kept = self._c_model
         with nogil:
             nat.detokenize(self._c_vocab, ids, remove_special, unparse_special, out, status)
         if status.kind != nat.STATUS_OK:

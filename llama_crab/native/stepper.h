@@ -79,6 +79,9 @@ public:
     // Cells in use by all slots together, shared ones counted once.
     int32_t n_cells_used() const;
 
+    // Cells that the running slots' known tokens will take beyond those.
+    int32_t n_cells_to_come() const;
+
     // Tokens of slot `i` in the batch that is being decoded; from any thread.
     int32_t n_in_batch(int32_t i) const {
         return in_batch_[(size_t) i].load(std::memory_order_relaxed);
@@ -88,6 +91,8 @@ public:
     // Whether any prefix of a sequence can be kept: not of a recurrent state, and of a sliding window
     // only while it still covers that place.
     bool can_cut() const { return !recurrent_ && (n_swa_ == 0 || context_->swa_full); }
+    // The same of a state that was saved: llama.cpp saves no more than the window.
+    bool can_cut_saved() const { return !recurrent_ && n_swa_ == 0; }
 
     const Slot & slot(int32_t i) const { return slots_[(size_t) i]; }
     int32_t      n_slots() const { return (int32_t) slots_.size(); }
@@ -148,7 +153,7 @@ private:
     int32_t                  n_decoding_ = 0, n_prompt_ = 0;  // tokens of this batch by kind
     std::vector<char>        copy_pending_;  // slots of a copy that the next decode makes
     std::vector<AdapterSet>  adapter_sets_;
-    int32_t                  adapters_ = 0;        // set of the current batch
+    int32_t                  adapters_ = 0;        // set that is applied; -1: not known
     int32_t                  n_same_adapters_ = 0; // batches in a row with it
     std::vector<llama_token> eog_tokens_;
     std::vector<int32_t>     processed_;       // slots that sample from `processed_rows_`,

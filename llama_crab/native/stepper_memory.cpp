@@ -49,6 +49,17 @@ int32_t Stepper::n_cells_used() const {
     return n;
 }
 
+int32_t Stepper::n_cells_to_come() const {
+    int32_t n = 0;
+    for (const Slot & slot : slots_) {
+        if (slot.active) {
+            const bool shares = unified_ && slot.request.leader >= 0;
+            n += slot.n_waiting() - (shares ? slot.request.n_shared : 0);
+        }
+    }
+    return n;
+}
+
 int32_t Stepper::reusable_prefix(int32_t i, const std::vector<llama_token> & tokens,
                                  int32_t adapters) const {
     const Slot & slot = slots_[(size_t) i];
@@ -241,9 +252,9 @@ void Stepper::set_adapters(int32_t index, AdapterSet set) {
     }
     adapter_sets_[(size_t) index] = std::move(set);
     if (index == adapters_) {
-        adapters_ = 0;  // applied again when it is used
         Status status;
         llama_crab::set_adapters(*context_, {}, {}, status);
+        adapters_ = status.kind == Status::ok ? 0 : -1;  // applied again when it is used
     }
 }
 

@@ -38,10 +38,11 @@ void Stepper::choose_adapters(Status & status) {
         ++n_same_adapters_;
         return;
     }
-    adapters_        = next;
-    n_same_adapters_ = 1;
     const AdapterSet & set = adapter_sets_[(size_t) next];
     llama_crab::set_adapters(*context_, set.adapters, set.scales, status);
+    // After a failure nobody knows which of them are applied.
+    adapters_        = status.kind == Status::ok ? next : -1;
+    n_same_adapters_ = 1;
 }
 
 // The position where prefill of slot `i` has to pause: others branch off there, or its state is

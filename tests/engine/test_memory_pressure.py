@@ -72,7 +72,7 @@ class CellModel:
                 return done
 
         scheduler.stepper = Watched()  # type: ignore[assignment]
-        scheduler.cache._stepper = scheduler.stepper
+        scheduler.cache._stepper = scheduler._swap._stepper = scheduler.stepper
 
     def _take(self, i: int, source: int, n_keep: int) -> None:
         self._cells[i] = self._cells[i if source < 0 else source][:n_keep]
@@ -92,7 +92,7 @@ class CellModel:
 def load(rng: random.Random, n: int) -> list[Request]:
     """Return requests of random lengths, several of which begin alike."""
     stems = [prompt_of(rng.randrange(30, 120), 100 + k) for k in range(4)]
-    drawn = SamplerChain().penalties(16, 1.2).temp(1.0)
+    drawn = SamplerChain().penalties(16, 1.2).top_k(10).temp(1.0)
     requests = []
     for k in range(n):
         prompt = prompt_of(rng.randrange(1, 150), 200 + k)
@@ -136,6 +136,15 @@ def test_all_of_a_load_ten_times_too_large_end_as_if_alone(
     check_at_rest(scheduler, swap_bytes)
     assert scheduler.n_suspended > 0
     assert scheduler.stepper.n_cells_used == 256 - count_free_cells(scheduler)
+
+
+def test_none_is_admitted_only_to_be_suspended(bench: Bench) -> None:
+    """Each fills most of the cache: those that wait must not take what others will need."""
+    scheduler = small(bench)
+    requests = [ask(200, 4, seed=seed) for seed in range(6)]
+    run(scheduler, *requests)
+    check(bench, *requests)
+    assert scheduler.n_suspended == 0
 
 
 def test_no_state_is_put_back_where_it_has_no_room(

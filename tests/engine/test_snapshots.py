@@ -376,7 +376,7 @@ def test_a_full_disk_is_told_once_until_it_works_again(
     store = SnapshotStore(KEY, 10, tmp_path, 100)
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", full_disk)
+            patch.setattr(os, "replace", full_disk)
             put(store, 1)
             put(store, 2)
             put(store, 3)

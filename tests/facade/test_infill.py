@@ -127,6 +127,7 @@ def test_long_texts_are_cut_to_what_fits(
     after = [350 + i % 300 for i in range(900)]
     with Llama(tiny_fim_path, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=64, n_threads=1) as llama:
         vocab = llama.model.vocab
+        fim = vocab.fim_pre, vocab.fim_suf, vocab.fim_mid
         result, ids = infill(
             *(llama, before, after, max_tokens),
             extra=[("long", "the way of war " * 300)],
@@ -140,7 +141,7 @@ def test_long_texts_are_cut_to_what_fits(
     if max_tokens == 0:
         return  # nothing is chosen, so that nobody has seen the ids
     assert len(ids) == result.usage.prompt_tokens
-    pre, suf, mid = (ids.index(token) for token in (vocab.fim_pre, vocab.fim_suf, vocab.fim_mid))
+    pre, suf, mid = (ids.index(token) for token in fim)
     assert (pre > suf, mid) == (spm_infill, len(ids) - 1)
     prefix = ids[pre + 1 : mid if spm_infill else suf]
     suffix = ids[suf + 1 : pre if spm_infill else mid]

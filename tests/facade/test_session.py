@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from llama_crab import Completion, Llama, ParameterError, SamplerChain
 from llama_crab.errors import ClosedError, ContextBusyError, StateError
 
 GREEDY = SamplerChain().greedy()
-DRAWN = SamplerChain().penalties(32, 1.3).temp(1.0)
+DRAWN = SamplerChain().penalties(32, 1.3).top_k(10).temp(1.0)
 # In F32 the sums of other batches differ by less than two logits of a random model do.
 EXACT: dict[str, Any] = {"flash_attn_type": False, "type_k": "f32", "type_v": "f32"}
 FIELDS: dict[str, Any] = {"n_ctx": 1024, "n_ubatch": 32, "n_batch": 64, "n_threads": 1, **EXACT}
@@ -521,6 +522,29 @@ def test_pinned_snapshots_are_given_up_with_their_session(load: Open) -> None:
     gc.collect()
     complete(llama, words(60, 12))
     assert not any(snapshot.pins for snapshot in store._ram.held)
+
+
+def test_a_session_that_fills_its_context_says_that_it_cannot_be_saved(
+    load: Open, tmp_path: Path
+) -> None:
+    llama = load(n_ctx=512)
+    session = llama.session()
+    complete(llama, words(30), None, session=session)
+    assert session.n_tokens == llama.n_ctx + 1
+    with pytest.raises(StateError, match="fills its context of 256 tokens"):
+        session.save(tmp_path / "chat")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_handle_that_is_kept_does_not_keep_its_session(load: Open) -> None:
+    llama = load()
+    session = llama.session()
+    handle = llama.submit(words(30), 4, session=session, sampler=GREEDY, ignore_eos=True)
+    assert len(handle.result().tokens) == 4
+    gone = weakref.ref(session)
+    del session
+    gc.collect()
+    assert gone() is None
 
 
 def test_closing_a_session_while_it_runs_lets_the_request_end(load: Open) -> None:

@@ -370,3 +370,29 @@ del context, model
 nothing_lives()
 """
     )
+
+
+def test_close_frees_the_weights_whatever_is_still_held(run: Run) -> None:
+    run("""
+from llama_crab import Llama, SamplerChain
+llama = Llama(PATH, n_ctx=256, n_threads=1)
+adapters = [llama.load_lora(LORA), llama.load_lora(LORA)]
+done = llama.create_completion([300, 301], 4, lora=adapters[0], ignore_eos=True)
+words = SamplerChain().grammar('root ::= [a-z ]+')
+handle = llama.submit([300, 302], 4, ignore_eos=True, sampler=words)
+running = llama.submit([300, 303], None, ignore_eos=True)
+session, model, vocab = llama.session(), llama.model, llama.model.vocab
+handle.result()
+llama.close()
+nothing_lives()
+assert handle.result().text is not None
+assert running.result().choices[0].finish_reason == "cancelled"
+for call in (lambda: llama.tokenize("a"), lambda: vocab.bos, lambda: llama.load_lora(LORA)):
+    try:
+        call()
+    except errors.ClosedError:
+        continue
+    raise AssertionError
+assert vocab.closed
+llama.close()
+""")
