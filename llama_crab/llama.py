@@ -73,7 +73,9 @@ class Llama(VectorMethods):
             if params.embeddings is None and cannot_generate(self._model):
                 params = params.replace(embeddings=True)
             self.params = params.resolve(
-                n_ctx_train=self._model.n_ctx_train, n_threads=default_n_threads()
+                n_ctx_train=self._model.n_ctx_train,
+                n_threads=default_n_threads(),
+                offloaded=_core.supports_gpu_offload() and params.n_gpu_layers != 0,
             )
             self._context = _core.Context(self._model, **self.params.context_params())
             self._vocab = self._model.vocab
@@ -123,10 +125,9 @@ class Llama(VectorMethods):
         return self._engine.drain(timeout)
 
     def close(self) -> None:
-        """Free the context and the model; running requests end as cancelled. Idempotent.
+        """Free context, model and adapters; running requests end as cancelled. Idempotent.
 
-        The vocabulary and the adapters are closed with it: answers that were not read yet can be,
-        but for their log-probabilities.
+        Answers can still be read, but for log-probabilities, which need the vocabulary.
         """
         self._engine.close()
         if not self.params.embeddings:

@@ -257,11 +257,11 @@ class LlamaParams:
         values = ((name, getattr(self, name)) for name in names)
         return {name: value for name, value in values if value is not None}
 
-    def resolve(self, *, n_ctx_train: int, n_threads: int) -> LlamaParams:
+    def resolve(self, *, n_ctx_train: int, n_threads: int, offloaded: bool = False) -> LlamaParams:
         """Return these parameters with our own defaults filled in for one model and machine.
 
         ``n_ctx_train`` is the model's trained length in tokens, ``n_threads`` the number of
-        threads to use where none is set.
+        threads to use where none is set, ``offloaded`` whether a GPU computes.
         """
         if self.embeddings:
             return self._resolve_embeddings(n_ctx_train, n_threads)
@@ -272,6 +272,9 @@ class LlamaParams:
             changes["n_ctx"] = per_sequence * n_seq_max
         if self.n_outputs_max is None:
             changes["n_outputs_max"] = n_seq_max
+        if self.kv_unified is None and n_seq_max > 1:
+            # Streams that are no neighbours need a micro-batch each, and a GPU pays for each.
+            changes["kv_unified"] = offloaded
         changes["n_threads"] = self.n_threads or n_threads
         changes["n_threads_batch"] = self.n_threads_batch or changes["n_threads"]
         if self.attention_type == "non_causal" and self.n_ubatch is None:

@@ -111,7 +111,9 @@ class PrefixCache:
         restored = self._restore(ids, adapters, free, best, best_n) if snapshots else None
         if restored is not None:
             return restored
-        covers = best in free and 2 * best_n > self._n_held(best)
+        covers = best in free and (
+            2 * best_n > self._n_held(best) or self._asks_again(best, best_n)
+        )
         if covers and best_n < self._n_held(best) and len(free) > 1 and self._claim(best):
             covers = (
                 best_n < MIN_SHARED
@@ -227,6 +229,10 @@ class PrefixCache:
             "n_saved": self.n_saved,
             "n_restored": self.n_restored,
         }
+
+    def _asks_again(self, slot: int, n: int) -> bool:
+        """Whether `n` tokens are all that `slot` was asked: what follows is but an old answer."""
+        return 0 < self._stepper.progress(slot)[0] <= n + 1
 
     def _n_held(self, slot: int) -> int:
         return self._stepper.progress(slot)[2]

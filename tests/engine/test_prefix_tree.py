@@ -434,6 +434,22 @@ def test_a_source_that_has_to_leave_first_is_not_counted_as_cached(llama_bench: 
     assert scheduler.stepper.n_decoded - n_others == 210 - n_cached(request)
 
 
+@pytest.mark.parametrize("unified", UNIFIED)
+def test_the_same_questions_find_their_slots_however_long_the_answers_were(
+    llama_bench: Bench, unified: bool
+) -> None:
+    """An old answer gives way to a new one, not another question's slot."""
+    scheduler = llama_bench.scheduler(**slots(4, unified))
+    for n_tokens in (1, 90, 90, 90):
+        requests = [ask(prompt=words(60, seed), n_tokens=n_tokens) for seed in range(4)]
+        before = scheduler.stepper.n_decoded
+        run(scheduler, *requests)
+        if n_tokens > 1:
+            check(llama_bench, *requests)
+            assert [n_cached(request) for request in requests] == [59] * 4
+            assert scheduler.stepper.n_decoded - before == 4 * n_tokens
+
+
 @pytest.mark.parametrize("aborted", [False, True], ids=["before a step", "in an aborted step"])
 def test_a_copy_that_is_put_off_and_then_not_wanted_harms_nobody(
     kind_bench: Bench, aborted: bool

@@ -144,9 +144,19 @@ def test_resolve_fills_the_facades_defaults():
         "n_ctx": 4 * 4096,
         "n_seq_max": 4,
         "n_outputs_max": 4,
+        "kv_unified": False,
         "n_threads": 6,
         "n_threads_batch": 6,
     }
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_several_sequences_share_a_cache_on_a_gpu(offloaded: bool) -> None:
+    machine = {"n_ctx_train": 8192, "n_threads": 6, "offloaded": offloaded}
+    assert LlamaParams(n_seq_max=4).resolve(**machine).kv_unified is offloaded
+    assert LlamaParams().resolve(**machine).kv_unified is None
+    for given in (False, True):
+        assert LlamaParams(n_seq_max=4, kv_unified=given).resolve(**machine).kv_unified is given
 
 
 def test_resolve_keeps_what_was_set():
