@@ -123,3 +123,39 @@ class StateError(LlamaCrabError, ValueError):
 
 class AdapterError(LlamaCrabError, ValueError):
     """A LoRA adapter cannot be loaded or applied."""
+
+
+class SchemaError(LlamaCrabError, ValueError):
+    """A JSON schema asks for what cannot be guaranteed, or is no JSON schema.
+
+    ``keyword`` is what it is about, ``path`` where it stands, as a JSON pointer (``#/items``).
+    """
+
+    def __init__(self, keyword: str, path: str, reason: str) -> None:
+        super().__init__(f"{keyword!r} at {path}: {reason}")
+        self.keyword = keyword
+        self.path = path
+
+
+class RegexError(LlamaCrabError, ValueError):
+    """A regular expression has a construct that cannot be generated.
+
+    ``construct`` names it, ``position`` is where it begins, in characters of ``pattern``.
+    """
+
+    def __init__(self, pattern: str, construct: str, position: int) -> None:
+        shown = pattern if len(pattern) <= 80 else pattern[:79] + "…"
+        super().__init__(f"regular expression {shown!r}: {construct} at position {position}")
+        self.pattern = pattern
+        self.construct = construct
+        self.position = position
+
+
+class StructuredOutputError(LlamaCrabError, ValueError):
+    """A complete answer does not validate against its type; ``text`` is the answer.
+
+    The type's own validators ask for more than a grammar can say. The validator's error is the
+    ``__cause__`` where this is raised first.
+    """
+
+    text: str = ""

@@ -50,6 +50,10 @@ class CompletionOptions(TypedDict, total=False):
     timeout: float | None
     lora: LoraChoice | None
     session: Session | None
+    response_format: Any
+    grammar: str | None
+    regex: str | None
+    choices: Iterable[str] | None
 
 
 class CallbackOptions(CompletionOptions, total=False):
@@ -97,10 +101,15 @@ class RequestBuilder:
         timeout: float | None = None,
         lora: LoraChoice | None = None,
         session: Session | None = None,
+        response_format: Any = None,
+        grammar: str | None = None,
+        regex: str | None = None,
+        choices: Iterable[str] | None = None,
     ) -> tuple[Request, str]:
         """Return the request and the text to echo; see `Llama.create_completion` for the options.
 
-        Raises `ParameterError`, `InvalidTokenError`, `ContextLengthError`, `AdapterError`.
+        Raises `ParameterError`, `InvalidTokenError`, `ContextLengthError`, `AdapterError`,
+        `SchemaError`, `RegexError`.
         """
         begin_us = _core.time_us()
         tokens, text = self.prompt_tokens(prompt, suffix, session)
@@ -122,11 +131,19 @@ class RequestBuilder:
         if session is not None and (n != 1 or best_of not in (None, 1)):
             raise ParameterError("session: a conversation goes on with one answer, so n must be 1")
         chosen = sampler if sampler is not None else self._params.sampler
+        chain = SamplerChain.default() if chosen is None else chosen
+        output = None
+        if any(each is not None for each in (response_format, grammar, regex, choices)):
+            from .structured import structured_output
+
+            output = structured_output(response_format, grammar, regex, choices)
+            if output is not None:
+                chain = _constrained(chain, output.gbnf, ignore_eos)
         if seed is None:
             seed = self._params.seed
         request = Request(
             prompt=tokens,
-            sampler=SamplerChain.default() if chosen is None else chosen,
+            sampler=chain,
             seed=new_seed() if seed is None else seed,
             max_tokens=max_tokens,
             min_tokens=min_tokens,
@@ -147,6 +164,7 @@ class RequestBuilder:
             deadline_us=deadline_us(begin_us, timeout),
             adapters=self._lora.index(lora),
             n_news_max=n_news_max if stream else 0,
+            output=output,
             submit_us=begin_us,
         )
         if session is not None:
@@ -213,6 +231,14 @@ class RequestBuilder:
             *(*tokens[:n_bos], vocab.fim_pre, *tokens[n_bos:]),
             *(vocab.fim_suf, *after, vocab.fim_mid),
         ]
+
+
+def _constrained(chain: SamplerChain, gbnf: str, ignore_eos: bool) -> SamplerChain:
+    if chain.constraint is not None:
+        raise ParameterError("sampler: it has a grammar of its own; only one can hold")
+    if ignore_eos:
+        raise ParameterError("ignore_eos: a structured answer ends where it is complete")
+    return chain.grammar(gbnf)
 
 
 def _processors(
