@@ -167,7 +167,7 @@ class Sequence:
         text, output = self.text, self.request.output
         parsed, invalid, incomplete = None, None, output is not None
         if output is not None and self.finish_reason == "stop":
-            parsed, invalid, incomplete = output.read(text)
+            parsed, invalid, incomplete = output.read(text, at_end=self.stop_reason is None)
         return CompletionChoice(
             index=index,
             text=echo + text,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .charset import EVERY, CharSet, complement, intersection, union
+from .charset import EVERY, CharSet, complement, holds, intersection, union
 from .gbnf import Item, Rules
 from .json_text import Speller
 from .regex import Alt, Chars, Node, Repeat, Seq
@@ -99,6 +99,20 @@ def both(one: Automaton, other: Automaton) -> Automaton:
                     here.append((shared, states[pair]))
         moves.append(_joined(here))
     return Automaton(moves, [one.accepting[a] and other.accepting[b] for a, b in todo])
+
+
+def matches(node: Node, text: str) -> bool:
+    """Tell whether a pattern matches all of a text, in time that grows with its length only.
+
+    Raises `TooLargeError`.
+    """
+    steps = _Steps()
+    end = steps.add(node, 0)
+    states = steps.closure([0])
+    for char in text:
+        moves = [step for state in states for step in steps.moves[state]]
+        states = steps.closure([to for chars, to in moves if holds(chars, ord(char))])
+    return end in states
 
 
 def is_empty(automaton: Automaton) -> bool:

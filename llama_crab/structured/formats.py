@@ -56,8 +56,8 @@ PATTERNS = {
     + ")",
     "hostname": _HOST,
     "email": rf"[a-zA-Z0-9_+-]{{1,32}}(?:\.[a-zA-Z0-9_+-]{{1,16}}){{0,2}}@{_DOMAIN}",
-    "uri": rf"https?://{_DOMAIN}(?::[1-9][0-9]{{0,3}})?(?:/{_URI_CHAR}*)*"
-    rf"(?:\?(?:{_URI_CHAR}|[/?])*)?(?:#(?:{_URI_CHAR}|[/?])*)?",
+    "uri": rf"https?://{_DOMAIN}(?::[1-9][0-9]{{0,3}})?(?:/{_URI_CHAR}{{0,40}}){{0,8}}"
+    rf"(?:\?(?:{_URI_CHAR}|[/?]){{0,80}})?(?:#(?:{_URI_CHAR}|[/?]){{0,60}})?",
 }  # fmt: skip
 
 # Of pydantic: they say what the text is for, and not which texts are allowed.

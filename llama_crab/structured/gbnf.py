@@ -162,8 +162,9 @@ class Rules:
         changed = True
         while changed:
             changed = False
-            # Rules refer to older ones most of the time.
-            for rule, body in enumerate(self._rules):
+            # Rules refer to younger ones most of the time.
+            for rule in reversed(range(len(self._rules))):
+                body = self._rules[rule]
                 if not possible[rule] and any(
                     all(_is_possible(item, possible) for item in alternative)
                     for alternative in body

@@ -139,6 +139,7 @@ class _JsonGrammar:
         for name in shape.required:
             declared.setdefault(name, shape.rest)
         is_free = shape.says_rest or not shape.properties
+        is_free = is_free and bool(self._resolver.alternatives(shape.rest))
         n, least, most = len(declared), shape.least, shape.most
         if least > n + is_free:
             reason = "equal keys cannot be ruled out" if is_free else "there are fewer properties"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from .charset import CharSet, holds, intersection, union
 from .gbnf import Item, Rules, char_class, literal
@@ -26,6 +27,11 @@ def plain(rules: Rules, chars: CharSet) -> tuple[Item, ...]:
 
 def in_string(rules: Rules, chars: CharSet) -> tuple[Item, ...]:
     """Write a character of the set inside a JSON string, escaped where it must be."""
+    return rules.either(_ways(chars))
+
+
+@lru_cache(1024)
+def _ways(chars: CharSet) -> tuple[tuple[Item, ...], ...]:
     raw = intersection(chars, _RAW)
     alternatives: list[tuple[Item, ...]] = [(_terminal(raw),)] if raw else []
     short = [letter for code, letter in _SHORT.items() if holds(chars, code)]
@@ -37,7 +43,7 @@ def in_string(rules: Rules, chars: CharSet) -> tuple[Item, ...]:
         if digits:
             hexadecimal = char_class(union([(digit, digit) for digit in digits]))
             alternatives.append((literal(f"\\u00{row >> 4}"), hexadecimal))
-    return rules.either(alternatives)
+    return tuple(alternatives)
 
 
 def any_char(rules: Rules) -> tuple[Item, ...]:

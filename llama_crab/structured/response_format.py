@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..errors import StructuredOutputError
 from ..params import ParameterError
+from .automaton import matches
 from .gbnf import Rules
 from .json_grammar import schema_to_gbnf
 from .json_text import plain
@@ -29,17 +29,23 @@ _N_KEPT = 128
 class StructuredOutput:
     """The grammar of an answer, and how it is read. Thread-safety: immutable.
 
-    `parse` returns the answer's value; it raises `StructuredOutputError` for a whole answer that
-    does not validate, and ValueError for a text that stops before its end.
+    `parse` returns the value of a text and of whether the grammar let it end there; it raises
+    `StructuredOutputError` for a whole answer that does not validate, and ValueError for one that
+    stops before its end.
     """
 
     gbnf: str
-    parse: Callable[[str], Any]
+    parse: Callable[[str, bool], Any]
 
-    def read(self, text: str) -> tuple[Any, StructuredOutputError | None, bool]:
-        """Return an answer's value, or why it has none, and whether it was cut short."""
+    def read(
+        self, text: str, *, at_end: bool = False
+    ) -> tuple[Any, StructuredOutputError | None, bool]:
+        """Return an answer's value, or why it has none, and whether it was cut short.
+
+        `at_end` is for answers that the model ended, which it can only where they are whole.
+        """
         try:
-            return self.parse(text), None, False
+            return self.parse(text, at_end), None, False
         except StructuredOutputError as error:
             return None, error, False
         except (ValueError, RecursionError):
@@ -85,20 +91,22 @@ def structured_output(
     return _of_type(response_format)
 
 
-def _whole_grammar(text: str) -> str:
+def _whole_grammar(text: str, at_end: bool) -> str:
+    if not at_end:
+        raise ValueError(text)
     return text
 
 
 @lru_cache(_N_KEPT)
 def _of_regex(pattern: str) -> StructuredOutput:
     rules = Rules()
-    root = rules.add([emit(parse_regex(pattern, whole=True), rules, plain)])
+    node = parse_regex(pattern, whole=True)
+    root = rules.add([emit(node, rules, plain)])
     if not rules.is_possible(root):
         raise ParameterError(f"regex: nothing can match {pattern!r:.80}")
-    compiled = re.compile(pattern)
 
-    def parse(text: str) -> str:
-        if not compiled.fullmatch(text):
+    def parse(text: str, at_end: bool) -> str:
+        if not at_end and not matches(node, text):
             raise ValueError(text)
         return text
 
@@ -124,7 +132,8 @@ def _of_texts(texts: frozenset[str]) -> StructuredOutput:
     rules = Rules()
     root = rules.add(rules.texts(texts))
 
-    def parse(text: str) -> str:
+    def parse(text: str, at_end: bool) -> str:
+        del at_end
         if text not in texts:
             raise ValueError(text)
         return text
@@ -178,7 +187,12 @@ def _dumps(schema: Any) -> str:
 
 @lru_cache(_N_KEPT)
 def _of_schema(text: str) -> StructuredOutput:
-    return StructuredOutput(schema_to_gbnf(json.loads(text)), json.loads)
+    return StructuredOutput(schema_to_gbnf(json.loads(text)), _document)
+
+
+def _document(text: str, at_end: bool) -> Any:
+    del at_end
+    return json.loads(text)
 
 
 def _of_type(wanted: Any) -> StructuredOutput:
@@ -220,7 +234,8 @@ def _of_class(wanted: Any) -> StructuredOutput:
     except pydantic.errors.PydanticUserError as error:
         raise ParameterError(f"response_format: {name}: {error}") from error
 
-    def parse(text: str) -> Any:
+    def parse(text: str, at_end: bool) -> Any:
+        del at_end
         try:
             return adapter.validate_json(text)
         except pydantic.ValidationError as error:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from .formats import PATTERNS
+from .automaton import matches
+from .formats import format_node
+from .regex import parse_regex
 
 # The places of the schemas that a value must satisfy, all of them; () for any value.
 Node = tuple[str, ...]
@@ -135,8 +136,8 @@ def text_has(shape: Text, value: str) -> bool:
     return (
         shape.least <= len(value)
         and (shape.most is None or len(value) <= shape.most)
-        and all(re.search(pattern, value) for pattern in shape.patterns)
-        and all(re.fullmatch(PATTERNS[name], value) for name in shape.formats)
+        and all(matches(parse_regex(each, whole=False), value) for each in shape.patterns)
+        and all(matches(format_node(name), value) for name in shape.formats)
     )
 
 

@@ -139,6 +139,7 @@ def _moved(schema: Any) -> Any:
     return [_moved(value) for value in schema] if isinstance(schema, list) else schema
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
 def test_documents_of_random_schemas_are_valid(walker: Walker) -> None:
     counts: Counter[str] = Counter()
     refusals: Counter[str] = Counter()

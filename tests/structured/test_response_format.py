@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import datetime
+import enum
+import ipaddress
 import json
+import pathlib
 import pickle
+import re
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -63,6 +69,56 @@ SCHEMA = {
     "type": "json_schema",
     "json_schema": {"name": "person", "strict": True, "schema": Person.model_json_schema()},
 }
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    TWO = 2
+
+
+class Tree(pydantic.BaseModel):
+    value: float
+    children: list[Tree] = []
+    label: str | None = None
+
+
+class Cat(pydantic.BaseModel):
+    kind: Literal["cat"]
+    lives: int = pydantic.Field(alias="nine lives", lt=10)
+
+
+class Dog(pydantic.BaseModel):
+    kind: Literal["dog"]
+    name: str
+
+
+TYPES: tuple[Any, ...] = (
+    *(int, float, bool, str, None | int, list[str], tuple[int, str], tuple[bool, ...]),
+    *(dict[str, float], dict[Literal["a", "b"], int], dict[str, list[Tree]], Any, bytes),
+    *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, uuid.UUID),
+    *(Colour, Tree, Cat | Dog, list[PersonData], PersonDict, pathlib.Path, pydantic.HttpUrl),
+    *(ipaddress.IPv4Address, ipaddress.IPv6Address, pydantic.PositiveFloat, pydantic.SecretStr),
+    Annotated[Cat | Dog, pydantic.Field(discriminator="kind")],
+    Annotated[int, pydantic.Field(multiple_of=5, ge=-20, lt=100)],
+    Annotated[float, pydantic.Field(gt=-0.5, le=1e-3)],
+    Annotated[str, pydantic.StringConstraints(pattern=r"^[^\s@]+@[a-z]+$", max_length=12)],
+    Annotated[list[int], pydantic.Field(min_length=2, max_length=3)],
+)
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: str(kind)[:40])
+def test_documents_of_pydantic_types_validate(walker: Any, kind: Any) -> None:
+    adapter: Any = pydantic.TypeAdapter(kind)
+    output = structured_output(adapter)
+    assert output is not None
+    for seed in range(25):
+        text = walker.text(output.gbnf, seed, n_free=30)
+        assert output.read(text) == (adapter.validate_json(text), None, False)
+
+
+def test_a_set_is_refused() -> None:
+    with pytest.raises(SchemaError, match="uniqueItems"):
+        structured_output(pydantic.TypeAdapter(set[int]))
 
 
 @pytest.fixture
@@ -128,6 +184,10 @@ def test_grammar_regex_and_choices(smol_llama: Llama) -> None:
         assert result.parsed == result.text
         assert result.text in ("yes", "no")
         assert result.finish_reason == "stop"
+    stopped: Any = smol_llama.create_completion("x", 8, regex="[ab]{2}c[ab]*", stop=["c"])
+    assert (stopped.finish_reason, stopped.parsed, stopped.incomplete) == ("stop", None, True)
+    stopped = smol_llama.create_completion("x", 8, regex="[ab]{2}c?", stop=["c"])
+    assert stopped.parsed == stopped.text
     cut: Any = smol_llama.create_completion("Pi is", 3, regex=r"3\.\d{20}")
     assert (cut.parsed, cut.incomplete) == (None, True)
 
@@ -227,7 +287,7 @@ def test_wrong_requests_are_refused_before_generation(
 
 
 def test_grammar_errors_keep_their_type(tiny_llama: Llama) -> None:
-    for wrong in ("root ::= [", "nothing", "root ::= missing", ""):
+    for wrong in ("root ::= [", "nothing", "root ::= missing"):
         with pytest.raises(GrammarError):
             tiny_llama.create_completion("x", grammar=wrong)
 
@@ -374,3 +434,22 @@ except ImportError as error:
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path
     )
     assert 'pip install "llama-crab[chat]"' in done.stdout
+
+
+def test_the_examples_of_the_docs_run(smol_path: Path, tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "structured-output.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    code = "\n".join(blocks).replace("Llama()", f"Llama({str(smol_path)!r}, n_ctx=512)")
+    script = tmp_path / "examples.py"
+    script.write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script)], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0] == "name='Anna Berg' age=34"
+    assert lines[1] in ("capital", "town", "None")
+    assert lines[2] in ("hot", "cold")
+    assert re.fullmatch(r"\+47 \d{2} \d{2} \d{2} \d{2}", lines[3])
+    assert re.fullmatch("[24], [6-9]", lines[4])
+    assert lines[5:] == ["length True None", "uniqueItems #/items"]
