@@ -160,7 +160,7 @@ class CompletionChoice:
         when the class's own validators refuse the answer, which no grammar can prevent.
         """
         if self._invalid is not None:
-            raise self._invalid
+            raise self._invalid.with_traceback(None)  # it may be read often
         return self._parsed
 
     def to_dict(self) -> dict[str, Any]:

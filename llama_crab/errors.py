@@ -154,8 +154,8 @@ class RegexError(LlamaCrabError, ValueError):
 class StructuredOutputError(LlamaCrabError, ValueError):
     """A complete answer does not validate against its type; ``text`` is the answer.
 
-    The type's own validators ask for more than a grammar can say. The validator's error is the
-    ``__cause__`` where this is raised first.
+    The type's own validators ask for more than a grammar can say. The validator's error is its
+    ``__cause__``.
     """
 
     text: str = ""

@@ -246,9 +246,10 @@ class Llama(VectorMethods):
             A `LoraAdapter` of `load_lora`, or a mapping of several to their scales.
         session
             A `Session` that the prompt and the answer are appended to.
-        response_format, grammar, regex, choices
+        response_format, grammar, regex, choices, lark
             One of them, the answer's form, read as ``completion.parsed``: OpenAI's mapping, a
-            pydantic model, dataclass or TypedDict; GBNF; a pattern; texts of which it is one.
+            pydantic model, dataclass or TypedDict; GBNF; a pattern; texts of which it is one; a
+            Lark grammar.
 
         Raises `ContextLengthError` for a prompt that does not fit, `ParameterError` and
         `InvalidTokenError` for wrong values, `SchemaError`, `RegexError`, `GrammarError`,

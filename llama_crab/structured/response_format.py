@@ -31,11 +31,12 @@ class StructuredOutput:
 
     `parse` returns the value of a text and of whether the grammar let it end there; it raises
     `StructuredOutputError` for a whole answer that does not validate, and ValueError for one that
-    stops before its end.
+    stops before its end. The grammar is GBNF, or else `lark`.
     """
 
-    gbnf: str
+    gbnf: str | None
     parse: Callable[[str, bool], Any]
+    lark: str | None = None
 
     def read(
         self, text: str, *, at_end: bool = False
@@ -57,8 +58,9 @@ def structured_output(
     grammar: str | None = None,
     regex: str | None = None,
     choices: Iterable[str] | None = None,
+    lark: str | None = None,
 ) -> StructuredOutput | None:
-    """Return what the one of the four that is given asks for; None for free text.
+    """Return what the one of the five that is given asks for; None for free text.
 
     Raises `ParameterError`, `SchemaError`, `RegexError`; ImportError, which names the extra, when a
     class is given and pydantic is missing.
@@ -68,12 +70,17 @@ def structured_output(
         "grammar": grammar,
         "regex": regex,
         "choices": choices,
+        "lark": lark,
     }
     given = [name for name, value in options.items() if value is not None]
     if len(given) > 1:
         raise ParameterError(
             f"{' and '.join(given)}: only one of them can decide the answer's form"
         )
+    if lark is not None:
+        if not isinstance(lark, str):
+            raise ParameterError(f"lark: expected the text of a grammar, not {lark!r:.80}")
+        return StructuredOutput(None, _whole_grammar, lark)
     if grammar is not None:
         if not isinstance(grammar, str):
             raise ParameterError(f"grammar: expected GBNF text, not {grammar!r:.80}")
