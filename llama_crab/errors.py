@@ -131,10 +131,15 @@ class SchemaError(LlamaCrabError, ValueError):
     ``keyword`` is what it is about, ``path`` where it stands, as a JSON pointer (``#/items``).
     """
 
-    def __init__(self, keyword: str, path: str, reason: str) -> None:
-        super().__init__(f"{keyword!r} at {path}: {reason}")
-        self.keyword = keyword
-        self.path = path
+    keyword: str = ""
+    path: str = ""
+
+    @classmethod
+    def at(cls, keyword: str, path: str, reason: str) -> SchemaError:
+        """Return the error of a keyword at a place."""
+        error = cls(f"{keyword!r} at {path}: {reason}")
+        error.keyword, error.path = keyword, path
+        return error
 
 
 class RegexError(LlamaCrabError, ValueError):
@@ -143,12 +148,17 @@ class RegexError(LlamaCrabError, ValueError):
     ``construct`` names it, ``position`` is where it begins, in characters of ``pattern``.
     """
 
-    def __init__(self, pattern: str, construct: str, position: int) -> None:
+    pattern: str = ""
+    construct: str = ""
+    position: int = 0
+
+    @classmethod
+    def at(cls, pattern: str, construct: str, position: int) -> RegexError:
+        """Return the error of a construct at a position."""
         shown = pattern if len(pattern) <= 80 else pattern[:79] + "…"
-        super().__init__(f"regular expression {shown!r}: {construct} at position {position}")
-        self.pattern = pattern
-        self.construct = construct
-        self.position = position
+        error = cls(f"regular expression {shown!r}: {construct} at position {position}")
+        error.pattern, error.construct, error.position = pattern, construct, position
+        return error
 
 
 class StructuredOutputError(LlamaCrabError, ValueError):

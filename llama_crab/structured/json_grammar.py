@@ -37,7 +37,7 @@ def schema_to_gbnf(schema: Any) -> str:
     try:
         return _JsonGrammar(Resolver(schema)).to_gbnf()
     except RecursionError:
-        raise SchemaError("schema", "#", "it is nested too deeply") from None
+        raise SchemaError.at("schema", "#", "it is nested too deeply") from None
 
 
 class _JsonGrammar:
@@ -49,7 +49,7 @@ class _JsonGrammar:
     def to_gbnf(self) -> str:
         root = self._value(self._resolver.root)
         if not self._rules.is_possible(root):
-            raise SchemaError("schema", "#", "no document can satisfy it")
+            raise SchemaError.at("schema", "#", "no document can satisfy it")
         return self._rules.to_gbnf(root)
 
     def _value(self, node: Node) -> int:
@@ -96,7 +96,7 @@ class _JsonGrammar:
         low, high = shape.integers()
         if low is None or high is None or (high - low) // shape.step > _MOST_MULTIPLES:
             reason = f"needs bounds with at most {_MOST_MULTIPLES} multiples between them"
-            raise SchemaError("multipleOf", path, reason)
+            raise SchemaError.at("multipleOf", path, reason)
         first = -(-low // shape.step) * shape.step
         return self._rules.texts([str(n) for n in range(first, high + 1, shape.step)])
 
@@ -113,7 +113,7 @@ class _JsonGrammar:
             return emit(text_automaton(shape), rules, in_string)
         except TooLargeError as error:
             keyword = "pattern" if shape.patterns else "format"
-            raise SchemaError(keyword, path, f"too large beside other limits: {error}") from None
+            raise SchemaError.at(keyword, path, f"too large beside other limits: {error}") from None
 
     def _items(self, shape: Items) -> tuple[Item, ...]:
         rules, n, most = self._rules, len(shape.prefix), shape.most
@@ -143,7 +143,7 @@ class _JsonGrammar:
         n, least, most = len(declared), shape.least, shape.most
         if least > n + is_free:
             reason = "equal keys cannot be ruled out" if is_free else "there are fewer properties"
-            raise SchemaError("minProperties", path, f"above {n + is_free}: {reason}")
+            raise SchemaError.at("minProperties", path, f"above {n + is_free}: {reason}")
         members = [
             (name in shape.required, self._member(name, node, shape.keys))
             for name, node in declared.items()
@@ -207,7 +207,7 @@ class _JsonGrammar:
                         )
                     except TooLargeError as error:
                         path = shape.keys[0]
-                        raise SchemaError("propertyNames", path, f"too large: {error}") from None
+                        raise SchemaError.at("propertyNames", path, f"too large: {error}") from None
                 bodies.append((_QUOTE, *inside, _QUOTE))
         return (rules.add(bodies), literal(":"), SPACE, self._value(shape.rest))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from ..errors import RegexError, SchemaError
@@ -42,19 +43,19 @@ def check_keywords(schema: Any, path: str) -> None:
     if isinstance(schema, bool):
         return
     if not isinstance(schema, Mapping):
-        raise SchemaError("schema", path, f"expected an object or a boolean, not {schema!r:.80}")
+        raise SchemaError.at("schema", path, f"expected an object or a boolean, not {schema!r:.80}")
     for keyword, value in schema.items():
         check = _CHECKS.get(keyword)
         if check is not None:
             reason = check(value)
             if reason:
-                raise SchemaError(keyword, path, reason)
+                raise SchemaError.at(keyword, path, reason)
         elif keyword in _NO_GUARANTEE:
-            raise SchemaError(keyword, path, "not supported: no grammar can guarantee it here")
+            raise SchemaError.at(keyword, path, "not supported: no grammar can guarantee it here")
         elif keyword not in ANNOTATIONS and not keyword.startswith("x-"):
-            raise SchemaError(keyword, path, "not a known keyword")
+            raise SchemaError.at(keyword, path, "not a known keyword")
     if "$id" in schema and path != "#":
-        raise SchemaError("$id", path, "only the whole schema can have one")
+        raise SchemaError.at("$id", path, "only the whole schema can have one")
 
 
 def children(schema: Any, path: str) -> dict[str, Any]:
@@ -110,7 +111,8 @@ def _count(value: Any) -> str:
 def _number(value: Any) -> str:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return f"expected a number, not {value!r:.80}"
-    if not math.isfinite(value) or len(f"{abs(value):.40f}".rstrip("0")) > 2 * LONGEST_BOUND:
+    too_long = abs(value) >= 10**LONGEST_BOUND or math.isnan(value)
+    if too_long or len(f"{abs(Decimal(repr(value))):f}") > LONGEST_BOUND:
         return f"expected a number of at most {LONGEST_BOUND} digits"
     return ""
 

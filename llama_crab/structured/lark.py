@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ..engine.processors import Ids, Rows
 
 
+_MARK = b"\x02"
+
+
 class _Tokens:
     """What llguidance asks of a tokenizer."""
 
@@ -28,6 +31,13 @@ class _Tokens:
         self._vocab = vocab
 
     def __call__(self, text: bytes) -> list[int]:
+        # Not the text alone: SentencePiece would put a blank before it.
+        ids = self._vocab.tokenize(_MARK + text, False, False)
+        before = b""
+        for i, token in enumerate(ids):
+            before += self.tokens[token]
+            if before.strip() == _MARK:
+                return ids[i + 1 :]
         return self._vocab.tokenize(text, False, False)
 
 

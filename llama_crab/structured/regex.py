@@ -132,7 +132,7 @@ class _Parser:
         return node
 
     def _error(self, construct: str, position: int) -> RegexError:
-        return RegexError(self._pattern, construct, position)
+        return RegexError.at(self._pattern, construct, position)
 
     def _peek(self) -> str:
         return self._pattern[self._at : self._at + 1]
@@ -346,7 +346,7 @@ def _settle(node: Node, pattern: str, whole: tuple[bool, bool]) -> Node:
 def _refuse_anchors(node: Node, pattern: str) -> None:
     if isinstance(node, Anchor):
         construct = "an anchor that is not at an end of the pattern"
-        raise RegexError(pattern, construct, node.position)
+        raise RegexError.at(pattern, construct, node.position)
     if isinstance(node, Repeat):
         _refuse_anchors(node.node, pattern)
     elif isinstance(node, (Seq, Alt)):

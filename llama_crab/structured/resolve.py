@@ -53,7 +53,7 @@ class Resolver:
         found = self._known.get(node)
         if found is None:
             if node in self._open:
-                raise SchemaError("$ref", node[0], "refers to itself with no value in between")
+                raise SchemaError.at("$ref", node[0], "refers to itself with no value in between")
             self._open.add(node)
             if len(node) == 1:
                 found = self._shapes(node[0])
@@ -90,7 +90,7 @@ class Resolver:
         if own and reference.startswith(own):
             reference = reference[len(own) :] or "#"
         if not reference.startswith("#"):
-            raise SchemaError("$ref", path, f"{reference!r:.80} is not in this schema")
+            raise SchemaError.at("$ref", path, f"{reference!r:.80} is not in this schema")
         steps = unquote(reference[1:]).split("/")
         at: Any = self._schemas["#"]
         if steps[0]:
@@ -101,7 +101,7 @@ class Resolver:
             try:
                 at = at[int(name)] if isinstance(at, list) else at[name]
             except (KeyError, IndexError, ValueError, TypeError):
-                raise SchemaError("$ref", path, f"there is no {reference!r:.80}") from None
+                raise SchemaError.at("$ref", path, f"there is no {reference!r:.80}") from None
             target = pointer(target, name)
         self._schemas[target] = at
         return target
@@ -117,7 +117,7 @@ class Resolver:
                     definitions = schema.get(name, {})
                     if isinstance(definitions, dict):
                         todo += [(pointer(place, name, n), s) for n, s in definitions.items()]
-        raise SchemaError("$ref", path, f"there is no anchor {steps[0]!r:.80}")
+        raise SchemaError.at("$ref", path, f"there is no anchor {steps[0]!r:.80}")
 
     def _node(self, path: str) -> Node:
         """Return the node of a schema; the same for all that say the same by reference."""
@@ -133,7 +133,7 @@ class Resolver:
             if said != ["$ref"]:
                 return (path,)
             if path in seen:
-                raise SchemaError("$ref", path, "refers to itself with no value in between")
+                raise SchemaError.at("$ref", path, "refers to itself with no value in between")
             seen.add(path)
             path = self._target(path)
 
@@ -169,7 +169,7 @@ class Resolver:
                     for other in later:
                         shared = self._shared(one, other)
                         if shared is not None and not self._is_empty(shared, 0):
-                            raise SchemaError(
+                            raise SchemaError.at(
                                 "oneOf",
                                 path,
                                 f"a value may match both branch {i} and branch {j}; say what tells "
@@ -269,7 +269,7 @@ class Resolver:
         pairs = [self._shared(one, other) for one in some for other in others]
         found = tuple(dict.fromkeys([shape for shape in pairs if shape is not None]))
         if len(found) > _MOST_SHAPES:
-            raise SchemaError("anyOf", path, f"more than {_MOST_SHAPES} combinations")
+            raise SchemaError.at("anyOf", path, f"more than {_MOST_SHAPES} combinations")
         return found
 
     def _shared(self, one: Shape, other: Shape) -> Shape | None:

@@ -307,6 +307,7 @@ def test_grammar_errors_keep_their_type(tiny_llama: Llama) -> None:
         ({"minLength": -1}, "minLength", "#"),
         ({"maxItems": True}, "maxItems", "#"),
         ({"maximum": "3"}, "maximum", "#"),
+        *(({"maximum": n}, "maximum", "#") for n in (10**400, 1e300, 1e-300, -(10**40))),
         ({"enum": "abc"}, "enum", "#"),
         ({"required": "a"}, "required", "#"),
         ({"anyOf": []}, "anyOf", "#"),
