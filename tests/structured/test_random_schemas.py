@@ -42,7 +42,11 @@ def _with(**optional: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any
     return st.fixed_dictionaries({}, optional=optional)
 
 
-bounds = st.one_of(st.integers(-300, 300), st.floats(-300, 300, allow_nan=False))
+# Bounds of more than 40 digits are refused.
+bounds = st.one_of(
+    st.integers(-300, 300),
+    st.floats(-300, 300, allow_nan=False).map(lambda bound: round(bound, 14)),
+)
 numbers = st.builds(
     lambda kind, limits: {"type": kind, **limits},
     st.sampled_from(["integer", "number"]),
