@@ -28,6 +28,23 @@ string   ::= "\"" char{8,40} "\""
 char     ::= [^"\\\x7F\x00-\x1F] | "\\" (["\\bfnrt] | "u" [0-9a-fA-F]{4})
 ws       ::= | " " | "\n" [ \t]{0,20}
 """
+_STRING = {"type": "string", "minLength": 8, "maxLength": 40}
+_STRINGS = {"type": "array", "items": _STRING, "minItems": 6, "maxItems": 9}
+_INTEGERS = {"type": "array", "items": {"type": "integer"}, "minItems": 6, "maxItems": 9}
+# The same object as a JSON schema; the notes have no limit, as most strings of schemas.
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": _STRING,
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "role": {"enum": ["admin", "editor", "viewer"]},
+        "tags": _STRINGS,
+        "scores": _INTEGERS,
+        "notes": {**_STRINGS, "items": {"type": "string"}},
+    },
+    "required": ["name", "age", "role", "tags", "scores", "notes"],
+    "additionalProperties": False,
+}
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {"sampler": SamplerChain.benchmark()},
     "default": {"sampler": SamplerChain.default()},
@@ -37,6 +54,11 @@ CASES: dict[str, dict[str, Any]] = {
     "mirostat_v2": {"sampler": SamplerChain().mirostat_v2()},
     "logprobs_5": {"sampler": SamplerChain.chat(), "logprobs": 5},
     "json": {"sampler": SamplerChain.structured(JSON), "ignore_eos": False},
+    "json_schema": {
+        "sampler": SamplerChain().temp(0.7).top_p(0.9),
+        "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
+        "ignore_eos": False,
+    },
 }
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import builtins
 import codecs
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .errors import StructuredOutputError
 from .timings import CompletionTimings
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -136,6 +137,8 @@ class CompletionChoice:
 
     ``stop_reason`` is the stop string or stop token id that ended the answer, or None (length,
     cancelled, or an end-of-generation token of the model). ``tokens`` are the generated ids.
+    ``incomplete`` tells that an answer of a wanted form ended before it was whole: at
+    ``max_tokens``, cancelled, or at a stop string.
     """
 
     index: int
@@ -144,6 +147,21 @@ class CompletionChoice:
     stop_reason: str | int | None = None
     tokens: tuple[int, ...] = ()
     logprobs: Logprobs | None = None
+    incomplete: bool = False
+    _parsed: Any = field(default=None, hash=False, repr=False)
+    _invalid: StructuredOutputError | None = field(default=None, hash=False, repr=False)
+
+    @property
+    def parsed(self) -> Any:
+        """The answer as what ``response_format``, ``grammar``, ``regex`` or ``choices`` asked for.
+
+        An instance of the class that was given; the document of a JSON schema; otherwise the text.
+        None for free text and for an answer that is `incomplete`. Raises `StructuredOutputError`
+        when the class's own validators refuse the answer, which no grammar can prevent.
+        """
+        if self._invalid is not None:
+            raise self._invalid.with_traceback(None)  # it may be read often
+        return self._parsed
 
     def to_dict(self) -> dict[str, Any]:
         """Return an element of OpenAI's ``choices``, plus ``stop_reason``."""
@@ -159,7 +177,7 @@ class CompletionChoice:
         return (
             f"CompletionChoice(index={self.index}, text={_preview(self.text)},"
             f" finish_reason={self.finish_reason!r}, stop_reason={self.stop_reason!r},"
-            f" {_count(self.tokens)})"
+            f" {_count(self.tokens)}{', incomplete' if self.incomplete else ''})"
         )
 
 
@@ -200,6 +218,16 @@ class Completion:
         return self.choices[0].tokens
 
     @property
+    def parsed(self) -> Any:
+        """The first choice's answer as an object; see `CompletionChoice.parsed`."""
+        return self.choices[0].parsed
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the first choice, an answer of a wanted form, ended before it was whole."""
+        return self.choices[0].incomplete
+
+    @property
     def logprobs(self) -> Logprobs | None:
         """The first choice's log-probabilities, where they were asked for."""
         return self.choices[0].logprobs
@@ -221,7 +249,8 @@ class Completion:
         more = f", choices={len(self.choices)}" if len(self.choices) > 1 else ""
         return (
             f"Completion(text={_preview(self.text)}, finish_reason={self.finish_reason!r},"
-            f" {_count(self.tokens)}, {self.timings.predicted_per_sec:.1f} tok/s,"
+            f" {_count(self.tokens)}{', incomplete' if self.incomplete else ''},"
+            f" {self.timings.predicted_per_sec:.1f} tok/s,"
             f" seed={self.seed}{more})"
         )
 

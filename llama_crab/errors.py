@@ -123,3 +123,49 @@ class StateError(LlamaCrabError, ValueError):
 
 class AdapterError(LlamaCrabError, ValueError):
     """A LoRA adapter cannot be loaded or applied."""
+
+
+class SchemaError(LlamaCrabError, ValueError):
+    """A JSON schema asks for what cannot be guaranteed, or is no JSON schema.
+
+    ``keyword`` is what it is about, ``path`` where it stands, as a JSON pointer (``#/items``).
+    """
+
+    keyword: str = ""
+    path: str = ""
+
+    @classmethod
+    def at(cls, keyword: str, path: str, reason: str) -> SchemaError:
+        """Return the error of a keyword at a place."""
+        error = cls(f"{keyword!r} at {path}: {reason}")
+        error.keyword, error.path = keyword, path
+        return error
+
+
+class RegexError(LlamaCrabError, ValueError):
+    """A regular expression has a construct that cannot be generated.
+
+    ``construct`` names it, ``position`` is where it begins, in characters of ``pattern``.
+    """
+
+    pattern: str = ""
+    construct: str = ""
+    position: int = 0
+
+    @classmethod
+    def at(cls, pattern: str, construct: str, position: int) -> RegexError:
+        """Return the error of a construct at a position."""
+        shown = pattern if len(pattern) <= 80 else pattern[:79] + "…"
+        error = cls(f"regular expression {shown!r}: {construct} at position {position}")
+        error.pattern, error.construct, error.position = pattern, construct, position
+        return error
+
+
+class StructuredOutputError(LlamaCrabError, ValueError):
+    """A complete answer does not validate against its type; ``text`` is the answer.
+
+    The type's own validators ask for more than a grammar can say. The validator's error is its
+    ``__cause__``.
+    """
+
+    text: str = ""

@@ -254,11 +254,16 @@ class Llama(VectorMethods):
             A `LoraAdapter` of `load_lora`, or a mapping of several to their scales.
         session
             A `Session` that the prompt and the answer are appended to.
+        response_format, grammar, regex, choices, lark
+            One of them, the answer's form, read as ``completion.parsed``: OpenAI's mapping, a
+            pydantic model, dataclass or TypedDict; GBNF; a pattern; texts of which it is one; a
+            Lark grammar.
 
         Raises `ContextLengthError` for a prompt that does not fit, `ParameterError` and
-        `InvalidTokenError` for wrong values, `GrammarError`, `SamplerError`, `DecodeError`,
-        `AdapterError`, `RequestTimeoutError`, and `ContextBusyError` for a session in use.
-        ``KeyboardInterrupt`` ends the request within one step and leaves the object usable.
+        `InvalidTokenError` for wrong values, `SchemaError`, `RegexError`, `GrammarError`,
+        `SamplerError`, `DecodeError`, `AdapterError`, `RequestTimeoutError`, and `ContextBusyError`
+        for a session in use. ``KeyboardInterrupt`` ends the request within one step and leaves the
+        object usable.
         """
         if callback is not None and not callable(callback):
             raise ParameterError(f"callback: {callback!r} cannot be called")

@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from .completion import Completion, Usage
-from .errors import ContextLengthError, InvalidTokenError, SamplerError, TokenizeError
+from .errors import (
+    ContextLengthError,
+    InvalidTokenError,
+    RegexError,
+    SamplerError,
+    SchemaError,
+    TokenizeError,
+)
 from .params import INT32_MAX, RANDOM_SEED, ParameterError, require_integer
 from .request_builder import CompletionOptions, Prompt
 from .sampling import SamplerChain
@@ -28,7 +35,10 @@ _SAMPLING = {
     "presence_penalty": ("penalties", "penalty_present"),
 }
 
-_OF_THE_REQUEST = (ParameterError, InvalidTokenError, SamplerError, TokenizeError)
+_OF_THE_REQUEST = (
+    *(ParameterError, InvalidTokenError, SamplerError, TokenizeError),
+    *(SchemaError, RegexError),
+)
 
 
 def completion_options(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .completion import CompletionChunk
     from .engine.processors import BatchLogitsProcessor, LogitsProcessor
     from .lora import LoraChoice
+    from .structured.lark import LarkGrammars
 
 Prompt = str | Sequence[int]
 
@@ -50,6 +51,11 @@ class CompletionOptions(TypedDict, total=False):
     timeout: float | None
     lora: LoraChoice | None
     session: Session | None
+    response_format: Any
+    grammar: str | None
+    regex: str | None
+    choices: Iterable[str] | None
+    lark: str | None
 
 
 class CallbackOptions(CompletionOptions, total=False):
@@ -69,6 +75,7 @@ class RequestBuilder:
         self._params = params
         self._n_ctx = n_ctx
         self._lora = lora
+        self._lark_grammars: LarkGrammars | None = None
 
     def completion(
         self,
@@ -97,10 +104,16 @@ class RequestBuilder:
         timeout: float | None = None,
         lora: LoraChoice | None = None,
         session: Session | None = None,
+        response_format: Any = None,
+        grammar: str | None = None,
+        regex: str | None = None,
+        choices: Iterable[str] | None = None,
+        lark: str | None = None,
     ) -> tuple[Request, str]:
         """Return the request and the text to echo; see `Llama.create_completion` for the options.
 
-        Raises `ParameterError`, `InvalidTokenError`, `ContextLengthError`, `AdapterError`.
+        Raises `ParameterError`, `InvalidTokenError`, `ContextLengthError`, `AdapterError`,
+        `SchemaError`, `RegexError`.
         """
         begin_us = _core.time_us()
         tokens, text = self.prompt_tokens(prompt, suffix, session)
@@ -122,11 +135,23 @@ class RequestBuilder:
         if session is not None and (n != 1 or best_of not in (None, 1)):
             raise ParameterError("session: a conversation goes on with one answer, so n must be 1")
         chosen = sampler if sampler is not None else self._params.sampler
+        chain = SamplerChain.default() if chosen is None else chosen
+        output = None
+        processors = _processors(logits_processors)
+        if any(each is not None for each in (response_format, grammar, regex, choices, lark)):
+            from .structured import structured_output
+
+            output = structured_output(response_format, grammar, regex, choices, lark)
+        if output is not None:
+            chain = _constrained(chain, output.gbnf, ignore_eos)
+        if output is not None and output.lark is not None:
+            # Last: none of the others may allow again what it bans.
+            processors = (*processors, self._lark(output.lark, len(tokens)))
         if seed is None:
             seed = self._params.seed
         request = Request(
             prompt=tokens,
-            sampler=SamplerChain.default() if chosen is None else chosen,
+            sampler=chain,
             seed=new_seed() if seed is None else seed,
             max_tokens=max_tokens,
             min_tokens=min_tokens,
@@ -142,16 +167,24 @@ class RequestBuilder:
             prompt_logprobs=echo and logprobs is not None,
             stream=stream,
             cache_prompt=cache_prompt,
-            logits_processors=_processors(logits_processors),
+            logits_processors=processors,
             priority=priority,
             deadline_us=deadline_us(begin_us, timeout),
             adapters=self._lora.index(lora),
             n_news_max=n_news_max if stream else 0,
+            output=output,
             submit_us=begin_us,
         )
         if session is not None:
             session.begin(request)
         return request, text if echo else ""
+
+    def _lark(self, grammar: str, n_prompt: int) -> Any:
+        from .structured.lark import LarkGrammars
+
+        if self._lark_grammars is None:
+            self._lark_grammars = LarkGrammars(self._vocab)
+        return self._lark_grammars.constraint(grammar, n_prompt)
 
     def prompt_tokens(
         self, prompt: Prompt, suffix: str | None = None, session: Session | None = None
@@ -213,6 +246,14 @@ class RequestBuilder:
             *(*tokens[:n_bos], vocab.fim_pre, *tokens[n_bos:]),
             *(vocab.fim_suf, *after, vocab.fim_mid),
         ]
+
+
+def _constrained(chain: SamplerChain, gbnf: str | None, ignore_eos: bool) -> SamplerChain:
+    if chain.constraint is not None:
+        raise ParameterError("sampler: it has a grammar of its own; only one can hold")
+    if ignore_eos:
+        raise ParameterError("ignore_eos: a structured answer ends where it is complete")
+    return chain if gbnf is None else chain.grammar(gbnf)
 
 
 def _processors(

@@ -39,7 +39,7 @@ class Request:
     `deadline_us` is a reading of `time_us` after which it ends with an error; `adapters` is the
     index of its LoRA set; a stream that is `n_news_max` pieces ahead of its reader is held (0:
     never); `listener` is called, by the thread that drives the loop, after it has got news or
-    ended, and `on_end` with each sequence that ends.
+    ended, and `on_end` with each sequence that ends; `output` is how its answers are read.
     """
 
     prompt: list[int]
@@ -66,6 +66,7 @@ class Request:
     n_news_max: int = 0
     listener: Callable[[], object] | None = None
     on_end: Callable[[Sequence], object] | None = None
+    output: StructuredOutput | None = None
     id: str = field(default_factory=lambda: f"cmpl-{next(_ids)}-{os.urandom(6).hex()}")
     submit_us: int = 0
     end_us: int = 0
@@ -163,13 +164,20 @@ class Sequence:
 
     def choice(self, index: int, echo: str, logprobs: Logprobs | None) -> CompletionChoice:
         """Return the public form."""
+        text, output = self.text, self.request.output
+        parsed, invalid, incomplete = None, None, output is not None
+        if output is not None and self.finish_reason == "stop":
+            parsed, invalid, incomplete = output.read(text, at_end=self.stop_reason is None)
         return CompletionChoice(
             index=index,
-            text=echo + self.text,
+            text=echo + text,
             finish_reason=self.finish_reason or "cancelled",
             stop_reason=self.stop_reason,
             tokens=tuple(self.tokens),
             logprobs=logprobs,
+            incomplete=incomplete,
+            _parsed=parsed,
+            _invalid=invalid,
         )
 
 
@@ -195,5 +203,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .._core import SuspendedSlot
+    from ..structured import StructuredOutput
 
     PieceOf = Callable[[int], bytes]
