@@ -123,3 +123,11 @@ class StateError(LlamaCrabError, ValueError):
 
 class AdapterError(LlamaCrabError, ValueError):
     """A LoRA adapter cannot be loaded or applied."""
+
+
+class ChatTemplateError(LlamaCrabError, ValueError):
+    """A chat template does not parse, or refuses the conversation it is given."""
+
+
+class ChatParseError(LlamaCrabError, ValueError):
+    """An output is not in the format that its chat template asks of the model."""
