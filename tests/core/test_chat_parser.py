@@ -472,9 +472,9 @@ def test_an_output_that_nests_too_deep_is_refused(
     with pytest.raises(errors.ChatParseError, match="too deep"):
         prompt.parse(output)
     parser = _core.ChatParser(prompt)
-    parser.push(output[:1000])
+    parser.push(output[:100])
     with pytest.raises(errors.ChatParseError, match="too deep"):
-        parser.push(output[1000:])
+        parser.push(output[100:])
 
 
 def test_long_arguments_come_in_time(formats: dict[str, _core.ChatTemplates]) -> None:
