@@ -7,10 +7,12 @@
 #     │                  ├─ Stepper  the engine's step; a share of the context
 #     │                  └─ Embedder texts to vectors; a share of the context
 #     ├─────── LoraAdapter           one llama_adapter_lora; a share of the model
+#     ├─────── ChatTemplates         parsed chat templates; a share of the model
 #     ├─────── Sampler               one llama_sampler; a chain owns its stages
 #     └─────── FusedSampler          our executor of a sampler chain; a share of the model
 #   Batch                            one llama_batch; stands alone
 #   TokenizedTexts                   token ids of many texts; stands alone
+#   ChatPrompt ─── ChatParser        a rendered conversation, and the parser of its answer; no model
 #
 # The C objects are shared_ptr-owned, so no order of dropping Python objects, and no order in which
 # the collector breaks a cycle, can free a model before its context.
@@ -175,3 +177,25 @@ cdef class Embedder:
     cdef nat.CEmbedder *_require_open(self) except NULL
     cdef int _require_text(self, const vector[int32_t]& ids, int64_t i) except -1
     cdef float *_rows(self, object out, int64_t row, int64_t n, int32_t *n_dims) except NULL
+
+
+cdef class ChatTemplates:
+    cdef unique_ptr[nat.CChatTemplates] _c_templates  # owned; holds a share of the model
+    cdef int _generation
+    cdef Model _model                   # for repr and `model`
+    cdef bint _has_tokenizer
+
+    cdef nat.CChatTemplates *_require_open(self) except NULL
+
+
+cdef class ChatPrompt:
+    cdef nat.CChatPrompt _c_prompt      # owned; immutable
+    cdef bint _made                     # false: made by __new__ alone
+
+    cdef const nat.CChatPrompt *_require_open(self) except NULL
+
+
+cdef class ChatParser:
+    cdef unique_ptr[nat.CChatParser] _c_parser  # owned; shares the compiled format
+
+    cdef nat.CChatParser *_require_open(self) except NULL

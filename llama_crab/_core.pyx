@@ -59,6 +59,7 @@ include "handles/row_scratch.pxi"  # RowScratch: rows under a logits processor
 include "handles/slot_memory.pxi"  # SuspendedSlot; bodies of Stepper.suspend, save, ...
 include "handles/stepper.pxi"    # Stepper: one engine step without the GIL
 include "handles/embedder.pxi"   # Embedder: packed batches of texts to rows of floats
+include "handles/chat.pxi"       # ChatTemplates, ChatPrompt, ChatParser
 
 nat.log_install()
 nat.install_abort_handler()

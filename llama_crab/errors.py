@@ -169,3 +169,11 @@ class StructuredOutputError(LlamaCrabError, ValueError):
     """
 
     text: str = ""
+
+
+class ChatTemplateError(LlamaCrabError, ValueError):
+    """A chat template does not parse, or refuses the conversation it is given."""
+
+
+class ChatParseError(LlamaCrabError, ValueError):
+    """An output is not in the format that its chat template asks of the model."""

@@ -2,6 +2,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool
+from libcpp.map cimport map as cmap
 from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.pair cimport pair
 from libcpp.string cimport string
@@ -324,3 +325,76 @@ cdef extern from "native/embedder.h" namespace "llama_crab" nogil:
         void add(const vector[int32_t]& ids, float *out, int32_t n_dims) except +
         void run(bool l2, Status& status)
         void clear()
+
+cdef extern from "native/chat_bridge.h" namespace "llama_crab" nogil:
+    cppclass ChatRequest:
+        string messages
+        string tools
+        string tool_choice
+        string json_schema
+        string grammar
+        string continue_final_message
+        string reasoning_format
+        string template_kwargs
+        bool parallel_tool_calls
+        bool add_generation_prompt
+        bool enable_thinking
+        int64_t now
+
+    cppclass ChatTrigger:
+        string kind
+        string value
+        int32_t token
+
+    cppclass ChatFormat:
+        pass
+
+    cppclass CChatPrompt "llama_crab::ChatPrompt":
+        string text
+        vector[pair[size_t, size_t]] input
+        string format
+        string grammar
+        bool grammar_lazy
+        vector[ChatTrigger] grammar_triggers
+        vector[string] preserved_tokens
+        vector[string] additional_stops
+        string generation_prompt
+        bool supports_thinking
+        string thinking_start_tag
+        vector[string] thinking_end_tags
+
+    cppclass CChatTemplates "llama_crab::ChatTemplates":
+        void render(const ChatRequest& request, CChatPrompt& prompt, Status& status)
+        void tokenize(const CChatPrompt& prompt, vector[int32_t]& out, Status& status)
+        string source(bool tool_use) except +
+        cmap[string, bool] capabilities() except +
+        bool was_explicit()
+    CChatTemplates *new_chat_templates(ModelPtr model, const string& source, Status& status)
+
+    cppclass ChatToolCall:
+        string id
+        string name
+        string arguments
+
+    cppclass ChatMessage:
+        string content
+        string reasoning_content
+        vector[ChatToolCall] tool_calls
+
+    cppclass ChatDelta:
+        int32_t index
+        string content
+        string reasoning_content
+        string id
+        string name
+        string arguments
+
+    void parse_chat_output(
+        const CChatPrompt& prompt, const string& output, bool is_partial, ChatMessage& message,
+        Status& status)
+
+    cppclass CChatParser "llama_crab::ChatParser":
+        void push(const char *data, size_t size, vector[ChatDelta]& deltas, Status& status)
+        void finish(vector[ChatDelta]& deltas, Status& status)
+        const ChatMessage& message()
+    CChatParser *new_chat_parser(const CChatPrompt& prompt, Status& status)

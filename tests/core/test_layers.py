@@ -25,7 +25,7 @@ LAYERS: dict[str, int] = {
         ),
         3,
     ),
-    **dict.fromkeys(("llama", "async_llama", "vector_methods", "tuning"), 4),
+    **dict.fromkeys(("llama", "async_llama", "completion_methods", "vector_methods", "tuning"), 4),
     **dict.fromkeys(("cli",), 5),
 }
 # They gather and start; every layer is below them.
