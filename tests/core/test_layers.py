@@ -21,7 +21,7 @@ LAYERS: dict[str, int] = {
             *("sampling", "sampling_stages", "sampling_compile", "params", "timings"),
             *("completion", "hub", "packaged", "logs", "engine", "stream", "handle", "session"),
             *("request_builder", "lora", "model_identity", "mapping", "openai_fields"),
-            *("embedding", "infill", "rerank", "structured"),
+            *("embedding", "infill", "rerank", "structured", "tools", "tool_loop"),
         ),
         3,
     ),
