@@ -1,4 +1,4 @@
-"""What chats add to completions: a template rendered and tokenised, an answer parsed as it grows."""
+"""What chats add: a template rendered and tokenised, an answer parsed while it grows."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import _core
+from .errors import ChatParseError
 from .params import INT32_MAX, ParameterError, require_integer
 
 TYPE_CHECKING = False
@@ -85,6 +86,27 @@ def is_thinking(prompt: _core.ChatPrompt) -> bool:
 def opening(prompt: _core.ChatPrompt) -> tuple[str, str, list[str]]:
     """Return what a grammar must know of a prompt; see `FusedSampler`."""
     return prompt.generation_prompt, prompt.thinking_start_tag, prompt.thinking_end_tags
+
+
+def thinks_first(prompt: _core.ChatPrompt) -> bool:
+    """Return whether thinking may come before content that stands in the answer as it is."""
+    if not prompt.supports_thinking or not prompt.thinking_end_tags:
+        return False
+    start = "" if is_thinking(prompt) else prompt.thinking_start_tag
+    return _reads_content(prompt, f"{start}a{prompt.thinking_end_tags[0]}")
+
+
+def takes_form(prompt: _core.ChatPrompt) -> bool:
+    """Return whether content stands in the answer as it is, behind thinking or without any."""
+    return thinks_first(prompt) or (not is_thinking(prompt) and _reads_content(prompt, ""))
+
+
+def _reads_content(prompt: _core.ChatPrompt, before: str) -> bool:
+    text = '{"a": 1}'
+    try:
+        return bool(prompt.parse(before + text)["content"].strip() == text)
+    except ChatParseError:
+        return False
 
 
 def after_thinking(gbnf: str, prompt: _core.ChatPrompt) -> str:

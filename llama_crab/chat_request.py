@@ -15,7 +15,14 @@ from typing import Any
 from . import _core
 from .chat import ChatMessage, check_messages
 from .chat_reader import ChatPlan, Parser
-from .chat_reasoning import after_thinking, is_thinking, opening, reasoning_budget
+from .chat_reasoning import (
+    after_thinking,
+    is_thinking,
+    opening,
+    reasoning_budget,
+    takes_form,
+    thinks_first,
+)
 from .engine.request import Request
 from .errors import ChatTemplateError
 from .params import LlamaParams, ParameterError
@@ -182,6 +189,10 @@ class ChatRequests:
                 "call tools cannot have a form of its own; use tool_choice='none', or ask for it "
                 "in a second request"
             )
+        if not takes_form(chat.prompt):
+            raise ParameterError(
+                "response_format: the template's format has marks of its own around the answer"
+            )
         if output.lark is not None:
             if is_thinking(chat.prompt):
                 raise ParameterError("lark: not while the model thinks; use enable_thinking=False")
@@ -267,7 +278,7 @@ class _Chat:
             gbnf = output.gbnf
             if self._before and not is_thinking(prompt):
                 self.opening = (self._before, "", [])
-            elif prompt.supports_thinking and prompt.thinking_end_tags:
+            elif thinks_first(prompt):
                 gbnf = after_thinking(gbnf, prompt)
             return chain.grammar(gbnf)
         self.opening = opening(prompt)
@@ -275,7 +286,7 @@ class _Chat:
             gbnf = self.fallback.gbnf
             if not self.fallback.lazy:
                 self.opening = None
-                if prompt.supports_thinking and prompt.thinking_end_tags:
+                if thinks_first(prompt):
                     gbnf = after_thinking(gbnf, prompt)
                 return chain.grammar(gbnf)
             return chain.grammar_lazy(gbnf, trigger_patterns=[self.fallback.trigger])

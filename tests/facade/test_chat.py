@@ -201,6 +201,9 @@ def test_an_answer_of_a_form_is_parsed(smol_llama: Llama) -> None:
     assert (cut.parsed, cut.choices[0].incomplete, cut.finish_reason) == (None, True, "length")
     with pytest.raises(StructuredOutputError):
         _ = ask(smol_llama, WHO, response_format=NotAnna, max_tokens=None).parsed
+    channels = TEMPLATES / "openai-gpt-oss-120b.jinja"
+    with pytest.raises(ParameterError, match="marks of its own"):
+        ask(smol_llama, WHO, response_format=Person, chat_template=channels)
     assert ask(smol_llama, CAPITAL, choices=["Rome", "Paris"]).parsed == "Paris"
 
 

@@ -10,8 +10,15 @@ from typing import Any
 
 import pytest
 
-from llama_crab import AsyncLlama, ChatCompletionChunk, ChatMessage, Llama, SamplerChain
-from llama_crab.errors import ParameterError, RequestTimeoutError
+from llama_crab import (
+    AsyncLlama,
+    ChatCompletionChunk,
+    ChatMessage,
+    Llama,
+    ParameterError,
+    SamplerChain,
+)
+from llama_crab.errors import RequestTimeoutError
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "third_party/llama.cpp/models/templates"
 GREEDY = SamplerChain().greedy()
