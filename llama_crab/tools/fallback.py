@@ -201,7 +201,7 @@ def _gbnf(tools: tuple[tuple[str, str], ...], lazy: bool, parallel: bool) -> str
     calls: list[tuple[Item, ...]] = []
     for name, parameters in tools:
         try:
-            arguments = add_schema(json.loads(parameters), rules)
+            arguments = add_schema(_closed(json.loads(parameters)), rules)
         except SchemaError as error:
             named = SchemaError(f"tool {name!r}: {error.args[0]}")
             named.keyword, named.path = error.keyword, error.path
@@ -217,6 +217,15 @@ def _gbnf(tools: tuple[tuple[str, str], ...], lazy: bool, parallel: bool) -> str
     if parallel:
         more = rules.repeat((literal(f"\n{OPEN}\n"), call), 0, None)
     return rules.to_gbnf(rules.add([(*begin, call, *more)]))
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a tool without parameters as one that allows none."""
+    # To JSON Schema, an object without declared properties is any object.
+    says_more = schema.keys() - {"type", "properties", "required", "title", "description"}
+    if says_more or schema.get("properties") or schema.get("required"):
+        return schema
+    return {**schema, "additionalProperties": False}
 
 
 def _dumps(value: Any) -> str:

@@ -320,6 +320,15 @@ def test_walks_through_the_grammar(walker: Walker, name: str | None, parallel: b
     assert not walker.accepts(fallback.gbnf, written("now", "{}") + " and more")
 
 
+def test_a_tool_without_parameters_gets_none(walker: Walker) -> None:
+    for parameters in ({}, {"type": "object", "properties": {}}, {"properties": {}, "title": "x"}):
+        gbnf = ToolFallback([Tool("now", "", parameters)], "required").gbnf
+        assert {walker.text(gbnf, seed) for seed in range(4)} == {written("now", "{}")}
+    any_object = Tool("now", "", {"properties": {}, "additionalProperties": True})
+    gbnf = ToolFallback([any_object], "required").gbnf
+    assert walker.accepts(gbnf, written("now", '{"a": 1}'))
+
+
 def ids_of(model: _core.Model, text: str) -> list[int]:
     return model.vocab.tokenize(text, False, False)
 
