@@ -63,19 +63,19 @@ class ToolFallback:
         parallel: bool = False,
     ) -> None:
         mode, name = normalize_tool_choice(tool_choice, tools)
-        self.tools = tuple(tools) if mode != "none" else ()
+        self.tools = tuple(tools)
         self.lazy = mode == "auto" and bool(self.tools)
         self.trigger = _TRIGGER if self.lazy else None
         self.gbnf = ""
-        self.system_text = ""
-        if self.tools:
+        # Whatever the choice: the prompts of a conversation have to begin alike, for the cache.
+        self.system_text = _system_text(self.tools, parallel) if self.tools else ""
+        if self.tools and mode != "none":
             allowed = [tool for tool in self.tools if name in (None, tool.name)]
             self.gbnf = _gbnf(
                 tuple([(tool.name, json.dumps(tool.parameters)) for tool in allowed]),
                 self.lazy,
                 parallel,
             )
-            self.system_text = _system_text(self.tools, mode, name, parallel)
 
     def messages(self, messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return a conversation in OpenAI's form without tool calls and results.
@@ -184,14 +184,9 @@ def _with_text(content: Any, text: str, between: str, *, front: bool = False) ->
     return [part, *content] if front else [*content, part]
 
 
-def _system_text(tools: Sequence[Tool], mode: str, name: str | None, parallel: bool) -> str:
+def _system_text(tools: Sequence[Tool], parallel: bool) -> str:
     text = _INTRODUCTION.format(tools="\n".join([_dumps(tool.to_dict()) for tool in tools]))
-    if name is not None:
-        text += f" Call the function {name} now."
-    elif mode == "required":
-        text += " Call a function now."
-    else:
-        text += " If no function helps, answer without one."
+    text += " If no function helps, answer without one."
     return text + (" You can make several calls, one after the other." if parallel else "")
 
 

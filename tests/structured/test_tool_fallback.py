@@ -254,7 +254,8 @@ def test_the_system_text_tells_the_tools() -> None:
     fallback = ToolFallback(TOOLS, "required", parallel=True)
     for tool in TOOLS:
         assert json.dumps(tool.to_dict()) in fallback.system_text
-    assert "Call the function now now." in ToolFallback(TOOLS, "now").system_text
+    for choice in ("auto", "none", "now"):
+        assert ToolFallback(TOOLS, choice, parallel=True).system_text == fallback.system_text
     with_system = fallback.with_system_text(HISTORY)
     assert with_system[0]["content"] == "Be kind.\n\n" + fallback.system_text
     without = fallback.with_system_text(HISTORY[1:])
@@ -262,13 +263,14 @@ def test_the_system_text_tells_the_tools() -> None:
     assert without[1:] == with_system[1:]
 
 
-def test_without_tools_or_choice_there_is_nothing() -> None:
+def test_without_tools_or_choice_there_is_no_grammar() -> None:
     for fallback in (ToolFallback(TOOLS, "none"), ToolFallback([]), ToolFallback([], "none")):
-        assert (fallback.gbnf, fallback.system_text) == ("", "")
+        assert fallback.gbnf == ""
+        assert bool(fallback.system_text) is bool(fallback.tools)
         assert (fallback.lazy, fallback.trigger) == (False, None)
         chain = SamplerChain.chat()
         assert fallback.constrain(chain) is chain
-        assert fallback.with_system_text(HISTORY)[0] == HISTORY[0]
+        assert (fallback.with_system_text(HISTORY)[0] == HISTORY[0]) is not bool(fallback.tools)
     with pytest.raises(ParameterError, match="tool_choice"):
         ToolFallback(TOOLS, "other")
 
