@@ -25,7 +25,13 @@ LAYERS: dict[str, int] = {
         ),
         3,
     ),
-    **dict.fromkeys(("llama", "async_llama", "completion_methods", "vector_methods", "tuning"), 4),
+    **dict.fromkeys(
+        (
+            *("llama", "async_llama", "completion_methods", "vector_methods", "tuning"),
+            "compat",
+        ),
+        4,
+    ),
     **dict.fromkeys(("cli",), 5),
 }
 # They gather and start; every layer is below them.
