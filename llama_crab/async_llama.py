@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any, Literal, Unpack, overload
 
 from . import _core
+from .chat_handle import ChatHandle
+from .chat_request import ChatOptions, Messages
 from .handle import CompletionHandle
 from .llama import Llama
 from .params import LlamaParams
@@ -67,6 +69,21 @@ class AsyncLlama:
         raise here, what happens later is raised by the ``await``.
         """
         return self._llama.submit(prompt, max_tokens, stream=stream, **options)
+
+    def create_chat_completion(
+        self,
+        messages: Messages,
+        max_tokens: int | None = None,
+        *,
+        stream: bool = False,
+        **options: Unpack[ChatOptions],
+    ) -> ChatHandle:
+        """Answer a conversation: ``await`` for the `ChatCompletion`, ``async for`` for chunks.
+
+        The options are those of `Llama.create_chat_completion`, and so are the errors: wrong values
+        raise here, what happens later is raised by the ``await``.
+        """
+        return self._llama.submit_chat(messages, max_tokens, stream=stream, **options)
 
     @overload
     def map(

@@ -11,6 +11,7 @@ from .llama_chat_format import template_of
 from .shapes import chat_chunk, chat_logprobs_dict, logprobs_dict, usage_dict
 
 if TYPE_CHECKING:
+    from ...chat import ChatChoice, ChatCompletion, ChatCompletionChunk, ToolCallDelta
     from .llama import Llama
 
 
@@ -39,17 +40,16 @@ def complete_chat(llama: Llama, given: Mapping[str, Any], **more: Any) -> Any:
     # Programs that come from there expect a model's thoughts where the model wrote them.
     options["reasoning_format"] = "none"
     options |= more
-    messages = [dict(message) for message in given["messages"]]
+    messages = [_message_in(message) for message in given["messages"]]
     n_most = token_limit(given.get("max_tokens"))
     name = llama.model_path if given.get("model") is None else given["model"]
     if given.get("stream"):
         return _stream(llama, messages, n_most, options, name, isinstance(tool_choice, Mapping))
-    crab: Any = llama.crab
-    completion = crab.create_chat_completion(messages, n_most, **options)
+    completion = llama.crab.create_chat_completion(messages, n_most, **options)
     return chat_dict(completion, name)
 
 
-def chat_dict(completion: Any, model: str) -> dict[str, Any]:
+def chat_dict(completion: ChatCompletion, model: str) -> dict[str, Any]:
     """Return a ``chat.completion``."""
     choice = completion.choices[0]
     return {
@@ -70,7 +70,7 @@ def chat_dict(completion: Any, model: str) -> dict[str, Any]:
 
 
 def chat_chunk_dicts(
-    chunks: Iterable[Any], model: str, *, forced: bool
+    chunks: Iterable[ChatCompletionChunk], model: str, *, forced: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield ``chat.completion.chunk`` objects; `forced` tells that the answer is a tool's call.
 
@@ -105,12 +105,11 @@ def _stream(
     model: str,
     forced: bool,
 ) -> Iterator[dict[str, Any]]:
-    crab: Any = llama.crab
-    with crab.create_chat_completion(messages, max_tokens, stream=True, **options) as chunks:
+    with llama.crab.create_chat_completion(messages, max_tokens, stream=True, **options) as chunks:
         yield from chat_chunk_dicts(chunks, model, forced=forced)
 
 
-def _message(choice: Any) -> dict[str, Any]:
+def _message(choice: ChatChoice) -> dict[str, Any]:
     message = choice.message
     if not message.tool_calls:
         return {"role": "assistant", "content": message.content or ""}
@@ -131,7 +130,19 @@ def _message(choice: Any) -> dict[str, Any]:
     }
 
 
-def _call_delta(call: Any) -> dict[str, Any]:
+def _message_in(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message of the request, the older form of calls and results as the newer one."""
+    found = dict(message)
+    called = found.pop("function_call", None)
+    if called is not None and not found.get("tool_calls"):
+        call = {"id": f"call_{called['name']}", "type": "function", "function": dict(called)}
+        found["tool_calls"] = [call]
+    if found.get("role") == "function":
+        found |= {"role": "tool", "tool_call_id": f"call_{found.get('name', '')}"}
+    return found
+
+
+def _call_delta(call: ToolCallDelta) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
     return {
         "role": None,
