@@ -1,7 +1,4 @@
-"""The keys of llama-cpp-python 0.3.36's dictionaries, read off its types and its source.
-
-``test_beside_llama_cpp_python.py`` compares them with the package itself.
-"""
+"""The keys of llama-cpp-python 0.3.36's dictionaries, read off its types and its source."""
 
 from __future__ import annotations
 

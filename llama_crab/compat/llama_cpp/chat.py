@@ -34,9 +34,8 @@ def complete_chat(llama: Llama, given: Mapping[str, Any], **more: Any) -> Any:
     n_top = _n_top_logprobs(given.get("logprobs"), given.get("top_logprobs"))
     if n_top is not None:
         options["logprobs"] = n_top
-    template = template_of(llama, llama.chat_format)
-    if template is not None:
-        options["chat_template"] = template
+    if "chat_template" not in more:
+        options["chat_template"] = template_of(llama, llama.chat_format)
     # Programs that come from there expect a model's thoughts where the model wrote them.
     options["reasoning_format"] = "none"
     options |= more

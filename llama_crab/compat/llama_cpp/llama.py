@@ -184,6 +184,7 @@ class Llama(EmbeddingMethods, StateMethods):
         `llama_crab.Llama.create_completion`.
         """
         given = locals()
+        crab = self.crab
         options = self._request_options(given)
         name = self.model_path if model is None else model
         text = prompt if isinstance(prompt, str) else self._text(prompt)
@@ -198,7 +199,7 @@ class Llama(EmbeddingMethods, StateMethods):
             return self._stream(ids, n_most, options, name, text)
         if echo and suffix is not None:
             refuse("echo", "not together with suffix")
-        completion = self.crab.create_completion(ids, n_most, echo=echo, **options)
+        completion = crab.create_completion(ids, n_most, echo=echo, **options)
         self._tokens = [*ids, *completion.tokens]
         return completion_dict(completion, name, text, bos, echo)
 
