@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from .chat_handle import ChatHandle
     from .handle import CompletionHandle
     from .session import Session
+    from .tool_loop import ToolRun
+    from .tools import Tool, function_tool
 
 # They bring asyncio with them, for which a program that has no use for it does not wait.
 _LATER = {
@@ -50,6 +52,9 @@ _LATER = {
     "ChatHandle": "chat_handle",
     "CompletionHandle": "handle",
     "Session": "session",
+    "Tool": "tools",
+    "ToolRun": "tool_loop",
+    "function_tool": "tools",
 }
 
 
@@ -88,12 +93,15 @@ __all__ = [
     "SamplerChain",
     "Session",
     "TokenLogprob",
+    "Tool",
     "ToolCall",
     "ToolCallDelta",
+    "ToolRun",
     "Usage",
     "__version__",
     "devices",
     "errors",
+    "function_tool",
     "supports_gpu_offload",
     "system_info",
 ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, Unpack, overload
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, Unpack, overload
 
 from . import _core
-from .chat import ChatCompletion
+from .chat import ChatCompletion, check_messages
 from .chat_request import ChatOptions, ChatRequests, Messages
 from .chat_stream import ChatStream
 from .engine import Engine
@@ -15,9 +15,32 @@ from .stream import CompletionStream
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .chat_handle import ChatHandle
+    from .tool_loop import ToolRun
+    from .tools import Tool
 
+_Answer = TypeVar("_Answer")
 # A reader that is so many chunks behind has its request held.
 _UNREAD_CHUNKS = 64
+
+
+def tool_steps(
+    create: Callable[..., _Answer],
+    messages: Messages,
+    tools: Sequence[Callable[..., Any] | Tool],
+    options: dict[str, Any],
+) -> tuple[Callable[[list[dict[str, Any]]], _Answer], list[dict[str, Any]], list[Tool]]:
+    """Return what the loop of tools asks, the checked conversation and the tools."""
+    from .tools import normalize_tools
+
+    found = normalize_tools(tools)
+    first = options.pop("tool_choice", None)
+    choices = iter([first])
+
+    def ask(history: list[dict[str, Any]]) -> _Answer:
+        choice = next(choices, "none" if first == "none" else "auto")
+        return create(history, tools=found, tool_choice=choice, **options)
+
+    return ask, check_messages(messages), found
 
 
 class ChatMethods:
@@ -134,6 +157,28 @@ class ChatMethods:
         self._engine.start()
         handle = CompletionHandle(self._engine, request, self._vocab, "", self._name, self.load_sec)
         return ChatHandle(handle, plan)
+
+    def run_tools(
+        self,
+        messages: Messages,
+        tools: Sequence[Callable[..., Any] | Tool],
+        *,
+        max_steps: int = 8,
+        **options: Any,
+    ) -> ToolRun[ChatCompletion]:
+        """Answer a conversation, calling Python functions for the model until it is done.
+
+        Returns the last answer, the whole conversation with all calls and results, and the number
+        of answers, at most `max_steps`. What a tool raises is told to the model. A `tool_choice`
+        that asks for a call holds for the first answer only. The other options are those of
+        `create_chat_completion`, without ``stream``.
+
+        Raises as it does, and `ParameterError` for tools without a function.
+        """
+        from .tool_loop import run_tool_loop
+
+        ask, history, found = tool_steps(self.create_chat_completion, messages, tools, options)
+        return run_tool_loop(ask, history, found, max_steps)
 
     def format_chat(self, messages: Messages, **options: Any) -> str:
         """Return the prompt that a conversation becomes, as text.

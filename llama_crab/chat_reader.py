@@ -146,8 +146,11 @@ class ChatReader:
         message = self.message()
         parsed, invalid, incomplete = None, None, output is not None
         if output is not None and choice.finish_reason == "stop":
+            text = message.content or ""
+            # White space between thinking and the answer is not the answer's.
+            text = text.lstrip() if self._plan.format is not None else text
             parsed, invalid, incomplete = output.read(
-                self._plan.before + (message.content or ""), at_end=choice.stop_reason is None
+                self._plan.before + text, at_end=choice.stop_reason is None
             )
         is_hidden = choice.stop_reason in self._plan.hidden_stops
         return ChatChoice(

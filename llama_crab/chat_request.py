@@ -40,7 +40,9 @@ _NOT_FOR_CHATS = {
 _FORMS = ("response_format", "grammar", "regex", "choices", "lark")
 # What a format does not touch is read without a parser.
 _PLAIN = " Plain <b>text</b> {1}\n"
-# Where llama-common's grammar of a required call lets text come first, which may go on for ever.
+# Some of llama-common's grammars allow more than one call in any case; and where its grammar of a
+# required call lets text come first, which may go on for ever.
+_MORE_CALLS = re.compile(r"^(tool-calls ::= )\((tool-call space)\)\+$", re.MULTILINE)
 _TEXT_BEFORE_CALL = re.compile(
     r"^(root ::= .*?)\buntil-\d+\??\s+((?:space )?[\w-]*tool-call)", re.M
 )
@@ -279,12 +281,13 @@ class _Chat:
             return chain.grammar_lazy(gbnf, trigger_patterns=[self.fallback.trigger])
         if not prompt.grammar:
             return chain
+        gbnf = prompt.grammar
+        if not self.parallel:
+            gbnf = _MORE_CALLS.sub(r"\1\2", gbnf)
         if prompt.grammar_lazy and self.mode == "auto":
             patterns, tokens = _triggers(prompt)
-            return chain.grammar_lazy(
-                prompt.grammar, trigger_patterns=patterns, trigger_tokens=tokens
-            )
-        return chain.grammar(_TEXT_BEFORE_CALL.sub(r"\1\2", prompt.grammar))
+            return chain.grammar_lazy(gbnf, trigger_patterns=patterns, trigger_tokens=tokens)
+        return chain.grammar(_TEXT_BEFORE_CALL.sub(r"\1\2", gbnf))
 
     def special_tokens(self, vocab: _core.Vocab) -> list[int]:
         """Return the tokens that the parser needs to see."""
