@@ -20,11 +20,12 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("integrations")
     command = [sys.executable, "-m", "pip", "install", "-q", "--target", str(folder)]
     subprocess.run([*command, "langchain-community>=0.4", "llama-index-core>=0.14"], check=True)
-    # It imports as part of a package that the first call made.
-    command[-1] = str(folder / "llama_cpp_llm")
+    # Beside the others, since pip does not add to a folder that it has made.
+    command[-1] = str(folder / "llm")
     subprocess.run([*command, "--no-deps", "llama-index-llms-llama-cpp>=0.7"], check=True)
-    added = folder / "llama_cpp_llm" / "llama_index" / "llms" / "llama_cpp"
-    added.rename(folder / "llama_index" / "llms" / "llama_cpp")
+    added = folder / "llama_index" / "llms"
+    added.mkdir(exist_ok=True)
+    (folder / "llm" / "llama_index" / "llms" / "llama_cpp").rename(added / "llama_cpp")
     return folder
 
 
