@@ -12,6 +12,16 @@ except ImportError as error:
 from . import errors
 from ._core import devices, supports_gpu_offload, system_info
 from ._version import __version__
+from .chat import (
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatMessage,
+    ToolCall,
+    ToolCallDelta,
+)
+from .chat_stream import ChatStream
 from .completion import (
     Completion,
     CompletionChoice,
@@ -30,11 +40,17 @@ from .timings import CompletionTimings
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .async_llama import AsyncLlama
+    from .chat_handle import ChatHandle
     from .handle import CompletionHandle
     from .session import Session
 
 # They bring asyncio with them, for which a program that has no use for it does not wait.
-_LATER = {"AsyncLlama": "async_llama", "CompletionHandle": "handle", "Session": "session"}
+_LATER = {
+    "AsyncLlama": "async_llama",
+    "ChatHandle": "chat_handle",
+    "CompletionHandle": "handle",
+    "Session": "session",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -51,6 +67,13 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "AsyncLlama",
+    "ChatChoice",
+    "ChatCompletion",
+    "ChatCompletionChunk",
+    "ChatDelta",
+    "ChatHandle",
+    "ChatMessage",
+    "ChatStream",
     "Completion",
     "CompletionChoice",
     "CompletionChunk",
@@ -65,6 +88,8 @@ __all__ = [
     "SamplerChain",
     "Session",
     "TokenLogprob",
+    "ToolCall",
+    "ToolCallDelta",
     "Usage",
     "__version__",
     "devices",

@@ -487,7 +487,12 @@ class Sampler:
 
 @final
 class FusedSampler:
-    def __new__(cls, model: Model, stages: Iterable[tuple[str, Mapping[str, Any]]]) -> Self: ...
+    def __new__(
+        cls,
+        model: Model,
+        stages: Iterable[tuple[str, Mapping[str, Any]]],
+        opening: tuple[str, str, Iterable[str]] | None = None,
+    ) -> Self: ...
     def __enter__(self) -> Self: ...
     def __exit__(
         self, *exc: type[BaseException] | BaseException | TracebackType | None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Unpack, overload
 
 from . import _core
+from .chat_handle import ChatHandle
+from .chat_methods import tool_steps
+from .chat_request import ChatOptions, Messages
 from .handle import CompletionHandle
 from .llama import Llama
 from .params import LlamaParams
@@ -21,10 +24,13 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from .chat import ChatCompletion
     from .completion import Completion
     from .mapping import AsyncCompletionMap
     from .rerank import RerankResult
     from .session import Session
+    from .tool_loop import ToolRun
+    from .tools import Tool
 
 
 class AsyncLlama:
@@ -67,6 +73,35 @@ class AsyncLlama:
         raise here, what happens later is raised by the ``await``.
         """
         return self._llama.submit(prompt, max_tokens, stream=stream, **options)
+
+    def create_chat_completion(
+        self,
+        messages: Messages,
+        max_tokens: int | None = None,
+        *,
+        stream: bool = False,
+        **options: Unpack[ChatOptions],
+    ) -> ChatHandle:
+        """Answer a conversation: ``await`` for the `ChatCompletion`, ``async for`` for chunks.
+
+        The options are those of `Llama.create_chat_completion`, and so are the errors: wrong values
+        raise here, what happens later is raised by the ``await``.
+        """
+        return self._llama.submit_chat(messages, max_tokens, stream=stream, **options)
+
+    async def run_tools(
+        self,
+        messages: Messages,
+        tools: Sequence[Callable[..., Any] | Tool],
+        *,
+        max_steps: int = 8,
+        **options: Any,
+    ) -> ToolRun[ChatCompletion]:
+        """Answer a conversation, calling functions, which may be async; see `Llama.run_tools`."""
+        from .tool_loop import arun_tool_loop
+
+        ask, history, found = tool_steps(self.create_chat_completion, messages, tools, options)
+        return await arun_tool_loop(ask, history, found, max_steps)
 
     @overload
     def map(

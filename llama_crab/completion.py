@@ -99,11 +99,11 @@ class Logprobs:
         for entry in self.tokens:
             top: dict[str, float | None] = {}
             for other in entry.top:
-                top.setdefault(other.token, _finite(other.logprob))
+                top.setdefault(other.token, finite_logprob(other.logprob))
             tops.append(top or None)
         return {
             "tokens": [entry.token for entry in self.tokens],
-            "token_logprobs": [_finite(entry.logprob) for entry in self.tokens],
+            "token_logprobs": [finite_logprob(entry.logprob) for entry in self.tokens],
             "top_logprobs": tops,
             "text_offset": list(self.text_offset),
         }
@@ -175,7 +175,7 @@ class CompletionChoice:
 
     def __repr__(self) -> str:
         return (
-            f"CompletionChoice(index={self.index}, text={_preview(self.text)},"
+            f"CompletionChoice(index={self.index}, text={preview(self.text)},"
             f" finish_reason={self.finish_reason!r}, stop_reason={self.stop_reason!r},"
             f" {_count(self.tokens)}{', incomplete' if self.incomplete else ''})"
         )
@@ -248,7 +248,7 @@ class Completion:
     def __repr__(self) -> str:
         more = f", choices={len(self.choices)}" if len(self.choices) > 1 else ""
         return (
-            f"Completion(text={_preview(self.text)}, finish_reason={self.finish_reason!r},"
+            f"Completion(text={preview(self.text)}, finish_reason={self.finish_reason!r},"
             f" {_count(self.tokens)}{', incomplete' if self.incomplete else ''},"
             f" {self.timings.predicted_per_sec:.1f} tok/s,"
             f" seed={self.seed}{more})"
@@ -301,14 +301,16 @@ class CompletionChunk:
 
     def __repr__(self) -> str:
         end = f", finish_reason={self.finish_reason!r}" if self.finish_reason else ""
-        return f"CompletionChunk(text={_preview(self.text)}, index={self.index}{end})"
+        return f"CompletionChunk(text={preview(self.text)}, index={self.index}{end})"
 
 
-def _finite(logprob: float | None) -> float | None:
+def finite_logprob(logprob: float | None) -> float | None:
+    """Return a log-probability as JSON can hold it."""
     return logprob if logprob is None else max(logprob, _NO_CHANCE)
 
 
-def _preview(text: str) -> str:
+def preview(text: str) -> str:
+    """Return a text as a short repr."""
     if len(text) <= _PREVIEW:
         return repr(text)
     return f"{text[: _PREVIEW - 1] + '…'!r} ({len(text)} characters)"

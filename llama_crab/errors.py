@@ -177,3 +177,20 @@ class ChatTemplateError(LlamaCrabError, ValueError):
 
 class ChatParseError(LlamaCrabError, ValueError):
     """An output is not in the format that its chat template asks of the model."""
+
+
+class ToolError(LlamaCrabError, ValueError):
+    """A tool cannot be called as asked, or its result cannot be told; ``tool`` is its name.
+
+    The arguments are no JSON object or do not validate, the tool has no function, or a function
+    that is asynchronous is called without waiting. What the function itself raises is not wrapped.
+    """
+
+    tool: str = ""
+
+    @classmethod
+    def of(cls, tool: str, reason: str) -> ToolError:
+        """Return the error of a tool."""
+        error = cls(f"tool {tool!r:.80}: {reason}")
+        error.tool = tool
+        return error

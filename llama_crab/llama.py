@@ -9,6 +9,8 @@ from types import TracebackType
 from typing import Any
 
 from . import _core, logs
+from .chat_methods import ChatMethods
+from .chat_request import ChatRequests
 from .completion_methods import CompletionMethods
 from .engine import EmbeddingScheduler, Engine, Scheduler
 from .errors import BackendUnavailableError
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from .engine.snapshots import SnapshotStore
 
 
-class Llama(CompletionMethods, VectorMethods):
+class Llama(ChatMethods, CompletionMethods, VectorMethods):
     """A model ready to complete text.
 
     ``Llama("model.gguf", n_ctx=2048)`` or ``Llama.load(LlamaParams("model.gguf", n_ctx=2048))``;
@@ -79,6 +81,7 @@ class Llama(CompletionMethods, VectorMethods):
                 self._engine = Engine(scheduler)
                 self._lora = LoraSets(self._model, self._engine)
                 self._builder = RequestBuilder(self._vocab, self.params, self.n_ctx, self._lora)
+                self._chats = ChatRequests(self._model, self._vocab, self.params, self._builder)
         finally:
             logs.flush()
         self._name = path.name
@@ -123,6 +126,7 @@ class Llama(CompletionMethods, VectorMethods):
         self._engine.close()
         if not self.params.embeddings:
             self._lora.close()
+            self._chats.close()
         self._vocab.close()
         self._model.close()
 

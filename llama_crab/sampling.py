@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ._core import FusedSampler, Model, Sampler
 
     Executor = Literal["fused", "reference"]
+    # What a prompt has of the answer, the tag that opens thinking, those that end it.
+    Opening = tuple[str, str, Sequence[str]]
 
 EXECUTORS = ("fused", "reference")
 _DRY_BREAKERS = ("\n", ":", '"', "*")
@@ -361,16 +363,18 @@ class SamplerChain(Frozen):
         logit_bias: Mapping[int, float] | None = None,
         *,
         choice: int = 0,
+        opening: Opening | None = None,
     ) -> Sampler | FusedSampler:
         """Return what runs the chain for one sequence: grammar, request bias, stages.
 
         A stage's own seed wins over ``seed``; ``choice`` i of a request's n is added to either.
+        ``opening`` is what the prompt has of the answer, for a grammar: see `FusedSampler`.
         Raises SamplerError for a seed or a token out of range and for infill on a vocabulary
         without an end token, GrammarError for a grammar that does not parse.
         """
         from .sampling_compile import compile_chain
 
-        return compile_chain(self, model, seed, logit_bias, choice)
+        return compile_chain(self, model, seed, logit_bias, choice, opening)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the chain as written, made of JSON types only."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ._core import Model
-    from .sampling import SamplerChain
+    from .sampling import Opening, SamplerChain
 
 _NEED_VOCAB = frozenset({"dry", "infill", "grammar", "grammar_lazy"})
 _NEED_N_VOCAB = frozenset({"mirostat", "penalties", "logit_bias"})
@@ -27,6 +27,7 @@ def compile_chain(
     seed: int,
     logit_bias: Mapping[int, float] | None,
     choice: int,
+    opening: Opening | None = None,
 ) -> Sampler | FusedSampler:
     """Return the executor; see `SamplerChain.compile`."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < N_SEEDS:
@@ -38,7 +39,11 @@ def compile_chain(
     settled = [(stage.name, _settle(stage, model, seed, choice)) for stage in steps]
     if chain.executor == "fused":
         keep = [stage.name in GRAMMARS or not stage.is_noop for stage in steps]
-        return FusedSampler(model, [s for s, kept in zip(settled, keep, strict=True) if kept])
+        return FusedSampler(
+            model, [s for s, kept in zip(settled, keep, strict=True) if kept], opening
+        )
+    if opening is not None and any(opening):
+        raise SamplerError("executor: a chat's grammar that goes on from the prompt needs 'fused'")
     native = Sampler.chain()
     for name, params in settled:
         native.add(_reference(name, params, model))

@@ -70,6 +70,11 @@ class CompletionStream(Iterator[CompletionChunk]):
         """The seed in use."""
         return self._request.seed
 
+    @property
+    def indexes(self) -> list[int]:
+        """The `index` that the chunks of each of the result's choices have."""
+        return [sequence.index for sequence in self._chosen()]
+
     def __iter__(self) -> CompletionStream:
         return self
 

@@ -190,12 +190,18 @@ cdef extern from "native/fused_sampler.h" namespace "llama_crab" nogil:
         vector[string] seq_breakers
         vector[pair[int32_t, float]] logit_bias
 
+    cppclass GrammarOpening:
+        string prefix
+        string thinking_start
+        vector[string] thinking_ends
+
     cppclass GrammarSpec:
         string gbnf
         string root
         bool lazy
         vector[string] trigger_patterns
         vector[int32_t] trigger_tokens
+        GrammarOpening opening
 
     cppclass FusedSampler(RowSampler):
         pass

@@ -39,7 +39,8 @@ class Request:
     `deadline_us` is a reading of `time_us` after which it ends with an error; `adapters` is the
     index of its LoRA set; a stream that is `n_news_max` pieces ahead of its reader is held (0:
     never); `listener` is called, by the thread that drives the loop, after it has got news or
-    ended, and `on_end` with each sequence that ends; `output` is how its answers are read.
+    ended, and `on_end` with each sequence that ends; `output` is how its answers are read,
+    `opening` what a grammar must know of the prompt's end (see `FusedSampler`).
     """
 
     prompt: list[int]
@@ -67,6 +68,7 @@ class Request:
     listener: Callable[[], object] | None = None
     on_end: Callable[[Sequence], object] | None = None
     output: StructuredOutput | None = None
+    opening: tuple[str, str, list[str]] | None = None
     id: str = field(default_factory=lambda: f"cmpl-{next(_ids)}-{os.urandom(6).hex()}")
     submit_us: int = 0
     end_us: int = 0

@@ -369,7 +369,11 @@ class Scheduler:
     def _assign(self, sequence: Sequence, place: Placement) -> None:
         request = sequence.request
         sampler = request.sampler.compile(
-            self.context.model, request.seed, request.logit_bias, choice=sequence.index
+            self.context.model,
+            request.seed,
+            request.logit_bias,
+            choice=sequence.index,
+            opening=request.opening,
         )
         if request.logits_processors and self._processors is None:
             from .processors import Processors

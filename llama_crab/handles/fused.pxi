@@ -87,12 +87,14 @@ cdef class FusedSampler:
 
     ``FusedSampler(model, stages)``: `stages` are ``(name, params)`` pairs in the order they run, a
     ``grammar`` or ``grammar_lazy`` first, a selector last; parameters under llama.h's names.
-    `SamplerChain.compile` makes them. Same meaning and random streams as llama.cpp's samplers.
+    `SamplerChain.compile` makes them. `opening` is what the prompt has of the answer: a text that the
+    grammar reads first, the tag that opens thinking and those that end it, between which a lazy
+    grammar does not wake. Same meaning and random streams as llama.cpp's samplers.
 
     Thread-safety: none; one thread at a time.
     """
 
-    def __cinit__(self, Model model not None, stages):
+    def __cinit__(self, Model model not None, stages, opening=None):
         cdef nat.ModelPtr c_model
         cdef vector[nat.StageSpec] specs
         cdef nat.GrammarSpec grammar
@@ -117,6 +119,13 @@ cdef class FusedSampler:
                 raise errors.SamplerError("infill: the model has neither an EOT nor an EOS token")
             specs.resize(specs.size() + 1)
             _fill_stage(&specs.back(), name, dict(params), vocab)
+        if opening is not None:
+            prefix, start, ends = opening
+            grammar.opening.prefix = prefix.encode()
+            grammar.opening.thinking_start = start.encode()
+            for end in ends:
+                if end:
+                    grammar.opening.thinking_ends.push_back(end.encode())
         if specs.empty():
             raise errors.SamplerError("a chain needs a selector")
         with nogil:

@@ -334,7 +334,7 @@ FusedSampler * new_fused_sampler(ModelPtr model, const std::vector<StageSpec> & 
         if (!grammar.gbnf.empty()) {
             constraint = std::make_unique<GrammarConstraint>(
                 model->vocab_cache->grammar(grammar.gbnf, grammar.root), grammar.lazy,
-                grammar.trigger_patterns, grammar.trigger_tokens);
+                grammar.trigger_patterns, grammar.trigger_tokens, grammar.opening);
         }
         sampler = new FusedSampler(std::move(model), stages, std::move(constraint));
     });

@@ -30,6 +30,7 @@ struct GrammarSpec {
     bool                     lazy = false;
     std::vector<std::string> trigger_patterns;
     std::vector<llama_token> trigger_tokens;
+    GrammarOpening           opening;
 };
 
 // A stage and its parameters under llama.h's names; what a kind does not have is not read.

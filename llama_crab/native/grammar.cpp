@@ -228,16 +228,24 @@ Grammar::Outcome Grammar::consume(const Position & from, llama_token token,
 
 GrammarConstraint::GrammarConstraint(std::shared_ptr<Grammar> grammar, bool lazy,
                                      const std::vector<std::string> & trigger_patterns,
-                                     const std::vector<llama_token> & trigger_tokens)
+                                     const std::vector<llama_token> & trigger_tokens,
+                                     const GrammarOpening & opening)
     : grammar_(std::move(grammar)),
       triggers_(lazy ? new Triggers{TriggerPatterns(trigger_patterns), trigger_tokens} : nullptr),
-      lazy_(lazy), waiting_(lazy) {
+      opening_(new GrammarOpening(opening)), lazy_(lazy), waiting_(lazy) {
     grammar_->add(&position_);
+    try {
+        open();
+    } catch (...) {
+        grammar_->remove(&position_);
+        throw;
+    }
 }
 
 GrammarConstraint::GrammarConstraint(const GrammarConstraint & other)
-    : grammar_(other.grammar_), triggers_(other.triggers_), lazy_(other.lazy_),
-      waiting_(other.waiting_), buffer_(other.buffer_), buffered_(other.buffered_) {
+    : grammar_(other.grammar_), triggers_(other.triggers_), opening_(other.opening_),
+      lazy_(other.lazy_), waiting_(other.waiting_), thinking_(other.thinking_),
+      buffer_(other.buffer_), buffered_(other.buffered_) {
     grammar_->add(&position_, other.position_);
 }
 
@@ -250,8 +258,10 @@ GrammarConstraint & GrammarConstraint::operator=(const GrammarConstraint & other
         grammar_->move(&position_, &other.position_);
     }
     triggers_ = other.triggers_;
+    opening_  = other.opening_;
     lazy_     = other.lazy_;
     waiting_  = other.waiting_;
+    thinking_ = other.thinking_;
     buffer_   = other.buffer_;
     buffered_ = other.buffered_;
     return *this;
@@ -288,11 +298,23 @@ void GrammarConstraint::accept(llama_token token) {
         != triggers_->tokens.end()) {
         replayed.push_back({token, piece});
     } else {
+        const size_t before = buffer_.size();
+        if (thinking_) {
+            buffer_ += piece;
+            buffered_.push_back({token, buffer_.size()});
+            follow_thinking(before);
+            if (thinking_) {
+                return;
+            }
+            buffered_.pop_back();  // it comes below, as the token that has just been read
+            buffer_.resize(buffered_.empty() ? 0 : buffered_.back().second);
+        }
         const std::string text  = buffer_ + piece;
-        const size_t      start = triggers_->patterns.find(text);
+        const size_t      start = triggers_->patterns.find(text, buffer_.size());
         if (start == std::string::npos) {
             buffered_.push_back({token, text.size()});
             buffer_ = text;
+            follow_thinking(before);
             return;
         }
         // The tokens that reach past the start, the first perhaps in part.
@@ -322,6 +344,57 @@ void GrammarConstraint::reset() {
     waiting_ = lazy_;
     buffer_.clear();
     buffered_.clear();
+    open();
+}
+
+void GrammarConstraint::open() {
+    thinking_ = false;
+    const std::string & prefix = opening_->prefix;
+    if (!lazy_) {
+        if (!prefix.empty()
+            && !grammar_->accept_pieces(position_, {{LLAMA_TOKEN_NULL, prefix}})) {
+            throw std::runtime_error("the grammar does not allow what the prompt has of the answer");
+        }
+        return;
+    }
+    buffer_ = prefix;
+    follow_thinking(0);
+    while (thinking_) {
+        const size_t left = buffer_.size();
+        follow_thinking(0);
+        if (buffer_.size() == left) {
+            break;
+        }
+    }
+    buffer_.clear();
+}
+
+// Notes where thinking begins or ends in the text from `from` on; a tag may begin before it. Text up
+// to such a tag is dropped: no trigger begins there.
+void GrammarConstraint::follow_thinking(size_t from) {
+    if (opening_->thinking_start.empty() || opening_->thinking_ends.empty()) {
+        return;
+    }
+    const std::vector<std::string> starts = {opening_->thinking_start};
+    size_t found = std::string::npos;
+    for (const std::string & tag : thinking_ ? opening_->thinking_ends : starts) {
+        found = std::min(found, buffer_.find(tag, from - std::min(from, tag.size() - 1)));
+    }
+    if (found == std::string::npos) {
+        return;
+    }
+    thinking_ = !thinking_;
+    // A format's trigger may begin with the tag that ends thinking.
+    if (thinking_) {
+        found += starts[0].size();
+    }
+    buffer_.erase(0, found);
+    size_t n_dropped = 0;
+    for (auto & [id, end] : buffered_) {
+        n_dropped += end <= found;
+        end -= std::min(end, found);
+    }
+    buffered_.erase(buffered_.begin(), buffered_.begin() + (std::ptrdiff_t) n_dropped);
 }
 
 }  // namespace llama_crab

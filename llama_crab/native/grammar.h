@@ -83,6 +83,13 @@ private:
     std::vector<uint32_t>                   code_points_;
 };
 
+// What the prompt of an answer says about the grammar of that answer.
+struct GrammarOpening {
+    std::string              prefix;  // of the answer, written by the prompt: the grammar reads it first
+    std::string              thinking_start;  // opens text in which a lazy grammar does not wake
+    std::vector<std::string> thinking_ends;
+};
+
 // The constraint of one sequence: where it is in a grammar. A copy is an independent sequence. Not
 // for several threads at once, though constraints that share a Grammar are independent.
 class GrammarConstraint {
@@ -91,7 +98,8 @@ public:
     // patterns (ECMAScript), has been accepted. Throws std::runtime_error.
     GrammarConstraint(std::shared_ptr<Grammar> grammar, bool lazy,
                       const std::vector<std::string> & trigger_patterns,
-                      const std::vector<llama_token> & trigger_tokens);
+                      const std::vector<llama_token> & trigger_tokens,
+                      const GrammarOpening & opening = {});
     GrammarConstraint(const GrammarConstraint & other);
     GrammarConstraint & operator=(const GrammarConstraint & other);
     ~GrammarConstraint();
@@ -118,10 +126,15 @@ private:
     };
     using Pieces = std::vector<std::pair<llama_token, std::string>>;
 
+    void open();
+    void follow_thinking(size_t from);
+
     std::shared_ptr<Grammar>        grammar_;
     std::shared_ptr<const Triggers> triggers_;
+    std::shared_ptr<const GrammarOpening> opening_;
     Grammar::Position               position_;
     bool                            lazy_, waiting_;
+    bool                            thinking_ = false;
     std::string                     buffer_;  // what was accepted while waiting
     std::vector<std::pair<llama_token, size_t>> buffered_;  // its tokens and their ends
 };

@@ -201,15 +201,42 @@ GbnfRules parse_gbnf(const llama_vocab * vocab, const std::string & text,
     return result;
 }
 
+namespace {
+
+// The text that a pattern without operators stands for; empty for any other.
+std::string literal_of(const std::string & pattern) {
+    static const std::string operators = "^$.*+?()[]{}|/";
+    std::string              literal;
+    for (size_t i = 0; i < pattern.size(); ++i) {
+        if (pattern[i] == '\\') {
+            ++i;
+            if (i == pattern.size()
+                || (operators.find(pattern[i]) == std::string::npos && pattern[i] != '\\')) {
+                return "";
+            }
+        } else if (operators.find(pattern[i]) != std::string::npos) {
+            return "";
+        }
+        literal += pattern[i];
+    }
+    return literal;
+}
+
+}  // namespace
+
 struct TriggerPatterns::Compiled {
-    std::vector<llama_grammar_trigger_pattern> patterns;
+    struct Trigger {
+        std::string                   word;  // or empty
+        llama_grammar_trigger_pattern pattern;
+    };
+    std::vector<Trigger> triggers;
 };
 
 TriggerPatterns::TriggerPatterns(const std::vector<std::string> & patterns)
     : compiled_(new Compiled) {
     for (const std::string & pattern : patterns) {
         try {
-            compiled_->patterns.push_back({pattern, std::regex(pattern)});
+            compiled_->triggers.push_back({literal_of(pattern), {pattern, std::regex(pattern)}});
         } catch (const std::regex_error & error) {
             throw std::runtime_error("the trigger pattern '" + shortened(pattern)
                                      + "' is not valid: " + error.what());
@@ -219,9 +246,11 @@ TriggerPatterns::TriggerPatterns(const std::vector<std::string> & patterns)
 
 TriggerPatterns::~TriggerPatterns() = default;
 
-size_t TriggerPatterns::find(const std::string & text) const {
-    for (const llama_grammar_trigger_pattern & pattern : compiled_->patterns) {
-        const size_t at = pattern.find(text);
+size_t TriggerPatterns::find(const std::string & text, size_t seen) const {
+    for (const auto & [word, pattern] : compiled_->triggers) {
+        const size_t at = word.empty()
+                              ? pattern.find(text)
+                              : text.find(word, seen - std::min(seen, word.size() - 1));
         if (at != std::string::npos) {
             return at;
         }

@@ -37,7 +37,8 @@ public:
     TriggerPatterns(const TriggerPatterns &) = delete;
 
     // Where the grammar starts, by the first pattern that matches; npos when none does.
-    size_t find(const std::string & text) const;
+    // Words, which are patterns without operators, are not looked for in the first `seen` bytes again.
+    size_t find(const std::string & text, size_t seen) const;
 
 private:
     struct Compiled;

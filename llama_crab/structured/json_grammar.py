@@ -34,23 +34,32 @@ def schema_to_gbnf(schema: Any) -> str:
 
     Raises `SchemaError` for a keyword that cannot be guaranteed, and where nothing satisfies it.
     """
+    rules = Rules()
+    return rules.to_gbnf(add_schema(schema, rules))
+
+
+def add_schema(schema: Any, rules: Rules) -> int:
+    """Add the documents that satisfy a schema to a grammar; return their rule.
+
+    Raises as `schema_to_gbnf`.
+    """
     try:
-        return _JsonGrammar(Resolver(schema)).to_gbnf()
+        root = _JsonGrammar(Resolver(schema), rules).root()
     except RecursionError:
         raise SchemaError.at("schema", "#", "it is nested too deeply") from None
+    if not rules.is_possible(root):
+        raise SchemaError.at("schema", "#", "no document can satisfy it")
+    return root
 
 
 class _JsonGrammar:
-    def __init__(self, resolver: Resolver) -> None:
+    def __init__(self, resolver: Resolver, rules: Rules) -> None:
         self._resolver = resolver
-        self._rules = Rules()
+        self._rules = rules
         self._values: dict[tuple[Shape, ...], int] = {}
 
-    def to_gbnf(self) -> str:
-        root = self._value(self._resolver.root)
-        if not self._rules.is_possible(root):
-            raise SchemaError.at("schema", "#", "no document can satisfy it")
-        return self._rules.to_gbnf(root)
+    def root(self) -> int:
+        return self._value(self._resolver.root)
 
     def _value(self, node: Node) -> int:
         """Return the rule of the values of a node."""

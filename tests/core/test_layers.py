@@ -21,11 +21,14 @@ LAYERS: dict[str, int] = {
             *("sampling", "sampling_stages", "sampling_compile", "params", "timings"),
             *("completion", "hub", "packaged", "logs", "engine", "stream", "handle", "session"),
             *("request_builder", "lora", "model_identity", "mapping", "openai_fields"),
-            *("embedding", "infill", "rerank", "structured"),
+            *("embedding", "infill", "rerank", "structured", "tools", "tool_loop"),
+            *("chat", "chat_handle", "chat_reader", "chat_reasoning", "chat_request"),
+            *("chat_stream",),
         ),
         3,
     ),
-    **dict.fromkeys(("llama", "async_llama", "completion_methods", "vector_methods", "tuning"), 4),
+    **dict.fromkeys(("llama", "async_llama", "chat_methods", "completion_methods"), 4),
+    **dict.fromkeys(("vector_methods", "tuning"), 4),
     **dict.fromkeys(("cli",), 5),
 }
 # They gather and start; every layer is below them.
