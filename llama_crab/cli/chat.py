@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from ..chat import ChatCompletion, ChatCompletionChunk
+    from ..chat_stream import ChatStream
     from ..llama import Llama
+    from ..sampling import SamplerChain
 
 NAME = "chat"
 _HELP = """\
@@ -129,6 +132,9 @@ def _talk(chat: Chat, reader: MessageReader, screen: Screen) -> None:
     while True:
         try:
             text, is_command = reader.read()
+            with Interrupts() as interrupts:
+                if not chat.take(text, is_command, interrupts):
+                    return
         except EOFError:
             print()
             return
@@ -136,11 +142,6 @@ def _talk(chat: Chat, reader: MessageReader, screen: Screen) -> None:
             print()
             if reader.was_empty():
                 screen.note("Ctrl-D or /exit ends the chat")
-            continue
-        try:
-            with Interrupts() as interrupts:
-                if not chat.take(text, is_command, interrupts):
-                    return
         except BrokenPipeError:
             raise
         except (LlamaCrabError, OSError, ValueError) as error:
@@ -162,17 +163,17 @@ class Chat:
         max_tokens: int | None = None,
         seed: int | None = None,
         template: Mapping[str, Any] | None = None,
-        sampler: Any = None,
+        sampler: SamplerChain | None = None,
     ) -> None:
         self.conversation = conversation
-        self._llama: Any = llama
+        self._llama = llama
         self._screen = screen
         self._max_tokens = max_tokens
         self._seed = seed
         self._template = dict(template or {})
         self._sampler = sampler
         self._n_retries = 0
-        self._last: Any = None
+        self._last: ChatCompletion | None = None
 
     def take(self, text: str, is_command: bool, interrupts: Interrupts | None = None) -> bool:
         """Answer a message or obey a command; return False for the one that ends the chat.
@@ -235,7 +236,7 @@ class Chat:
                 "next message leaves out the oldest ones; /clear begins anew"
             )
 
-    def _answer(self, text: str, interrupts: Interrupts | None) -> Any:
+    def _answer(self, text: str, interrupts: Interrupts | None) -> ChatCompletion:
         seed = None if self._seed is None else (self._seed + self._n_retries) % RANDOM_SEED
         stream = self._llama.create_chat_completion(
             self.conversation.messages(text),
@@ -261,7 +262,7 @@ class Chat:
         finally:
             self._screen.end()
 
-    def _show(self, chunk: Any) -> None:
+    def _show(self, chunk: ChatCompletionChunk) -> None:
         delta = chunk.delta
         if delta.reasoning_content:
             self._screen.reasoning(delta.reasoning_content)
@@ -339,17 +340,18 @@ class Chat:
     def _tell_stats(self, argument: str) -> None:
         from .chat_stats import stats_text
 
-        self._screen.note(stats_text(self._llama, self.conversation, self._last))
+        n_used = self.count_prompt("") if self.conversation.exchanges else 0
+        self._screen.note(stats_text(self._llama, self.conversation, n_used, self._last))
 
 
-def _next(stream: Any, interrupts: Interrupts | None) -> Any:
+def _next(stream: ChatStream, interrupts: Interrupts | None) -> ChatCompletionChunk | None:
     if interrupts is None:
         return next(stream, None)
     with interrupts.allowed():
         return next(stream, None)
 
 
-def _summary(completion: Any) -> str:
+def _summary(completion: ChatCompletion) -> str:
     usage, timings = completion.usage, completion.timings
     ends = {"cancelled": "stopped, ", "length": "cut, "}
     return (

@@ -7,16 +7,20 @@ from pathlib import Path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
+    from ..chat import ChatCompletion
     from ..llama import Llama
     from .chat_history import Conversation
 
 _MIB = 1 << 20
 
 
-def stats_text(llama: Llama, conversation: Conversation, last: Any) -> str:
-    """Return several lines about the last answer (None before the first) and the process."""
+def stats_text(
+    llama: Llama, conversation: Conversation, n_used: int, last: ChatCompletion | None
+) -> str:
+    """Return several lines about the conversation, the last answer (None before the first), memory.
+
+    `n_used` is how many tokens the conversation has as it would be sent.
+    """
     rows = [("exchanges", _exchanges(conversation))]
     if last is not None:
         timings, usage = last.timings, last.usage
@@ -30,8 +34,8 @@ def stats_text(llama: Llama, conversation: Conversation, last: Any) -> str:
                 f"first after {timings.first_token_sec:.3f} s",
             ),
         ]
-    used = 0 if last is None or not conversation.exchanges else last.usage.total_tokens
-    rows.append(("context", f"{used} of {llama.n_ctx} tokens ({100 * used / llama.n_ctx:.0f} %)"))
+    share = 100 * n_used / llama.n_ctx
+    rows.append(("context", f"{n_used} of {llama.n_ctx} tokens ({share:.0f} %)"))
     memory = [f"weights {llama.model.size / _MIB:.0f} MiB"]
     resident = _resident_bytes()
     if resident:

@@ -147,9 +147,9 @@ def test_wrong_usage_is_status_2(
 
 
 def test_a_model_without_a_template_is_told(
-    tiny_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_recurrent_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["chat", str(tiny_path), *GREEDY]) == 1
+    assert main(["chat", str(tiny_recurrent_path), *GREEDY]) == 1
     assert "has no chat template" in capsys.readouterr().err
 
 
@@ -301,6 +301,7 @@ def test_ctrl_c_drops_a_line_that_is_being_typed(smol_path: Path, tmp_path: Path
     assert "ends the chat" not in terminal.wait_for("> $")
     terminal.type('"""a\n')
     terminal.wait_for(r"\.\.\. $")
+    time.sleep(0.5)  # the prompt is shown before readline waits for keys
     terminal.type("\x03")
     assert "ends the chat" not in terminal.wait_for("> $")
     terminal.type("/exit\n")
