@@ -147,9 +147,9 @@ def test_wrong_usage_is_status_2(
 
 
 def test_a_model_without_a_template_is_told(
-    tiny_recurrent_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_embedder_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["chat", str(tiny_recurrent_path), *GREEDY]) == 1
+    assert main(["chat", str(tiny_embedder_path), *GREEDY]) == 1
     assert "has no chat template" in capsys.readouterr().err
 
 
