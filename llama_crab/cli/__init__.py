@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from ..errors import DownloadError, LlamaCrabError
-from . import batch, info, run
+from ..errors import LlamaCrabError
+from . import batch, chat, info, run
+from .error_line import one_line
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -49,17 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_stdout()
         return EXIT_CLOSED_PIPE
     except (LlamaCrabError, ImportError, OSError, ValueError) as error:
-        print(f"llama-crab: {_one_line(error)}", file=sys.stderr)
+        print(f"llama-crab: {one_line(error)}", file=sys.stderr)
         return EXIT_ERROR
-
-
-def _one_line(error: Exception) -> str:
-    message = (str(error) or type(error).__name__).splitlines()[0]
-    # The first line that llama.cpp logged is nearest the cause; pip's is in the message already.
-    if isinstance(error, LlamaCrabError) and error.log and not isinstance(error, DownloadError):
-        cause = error.log[0].strip()
-        return message if cause in message else f"{message}: {cause}"
-    return message
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"llama-crab {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (run, batch, info):
+    for module in (run, chat, batch, info):
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(module.NAME, help=summary, description=summary)
         module.add_arguments(command)

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from . import loading
+from . import loading, sampling
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from ..sampling import SamplerChain
 
 NAME = "run"
-_PRESETS = ("benchmark", "code", "chat", "creative")
-# llama.cpp's defaults, for the stages that no option names.
-_TOP_K, _TOP_P, _MIN_P, _TEMP = 40, 0.95, 0.05, 0.8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the whole result as JSON")
     parser.add_argument("--no-timings", action="store_true", help="print no timings")
-    sampling = parser.add_argument_group("sampling (default: llama.cpp's chain)")
-    sampling.add_argument("--preset", choices=_PRESETS, help="a ready chain")
-    sampling.add_argument("--temp", type=float, help=f"0 is greedy (default: {_TEMP})")
-    sampling.add_argument("--top-k", type=int, help=f"default: {_TOP_K}")
-    sampling.add_argument("--top-p", type=float, help=f"default: {_TOP_P}")
-    sampling.add_argument("--min-p", type=float, help=f"default: {_MIN_P}")
-    sampling.add_argument("--seed", type=int, help="repeat an earlier run")
+    sampling.add_arguments(parser)
     loading.add_arguments(parser)
 
 
@@ -46,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     if prompt is None:
         raise argparse.ArgumentError(None, "no PROMPT, and nothing on stdin")
     params = loading.params_of(args, seed=args.seed)
-    sampler = _sampler(args)
+    sampler = sampling.sampler_of(args)
 
     from .. import Llama
 
@@ -63,31 +54,6 @@ def _prompt(args: argparse.Namespace) -> str | None:
         return None
     # One newline ends the last line of a text file or of echo; it is not part of the prompt.
     return sys.stdin.read().removesuffix("\n") or None
-
-
-def _sampler(args: argparse.Namespace) -> SamplerChain | None:
-    from ..errors import SamplerError
-    from ..sampling import SamplerChain
-
-    given = [
-        name for name in ("temp", "top_k", "top_p", "min_p") if getattr(args, name) is not None
-    ]
-    if args.preset:
-        if given:
-            option = f"--{given[0].replace('_', '-')}"
-            raise argparse.ArgumentError(None, f"--preset and {option} exclude each other")
-        chain: SamplerChain = getattr(SamplerChain, args.preset)()
-        return chain
-    if not given:
-        return None
-    top_k = _TOP_K if args.top_k is None else args.top_k
-    top_p = _TOP_P if args.top_p is None else args.top_p
-    min_p = _MIN_P if args.min_p is None else args.min_p
-    temp = _TEMP if args.temp is None else args.temp
-    try:
-        return SamplerChain().top_k(top_k).top_p(top_p).min_p(min_p).temp(temp)
-    except SamplerError as error:
-        raise argparse.ArgumentError(None, str(error)) from error
 
 
 def _print_json(
