@@ -164,6 +164,17 @@ class Sequence:
             return float("-inf")
         return sum(entry[0] for entry in self.logprobs) / len(self.logprobs)
 
+    def compile_sampler(self, model: Model) -> Sampler | FusedSampler:
+        """Return what chooses this answer's tokens. Raises as `SamplerChain.compile`."""
+        request = self.request
+        return request.sampler.compile(
+            model,
+            request.seed,
+            request.logit_bias,
+            choice=self.index,
+            opening=request.opening,
+        )
+
     def choice(self, index: int, echo: str, logprobs: Logprobs | None) -> CompletionChoice:
         """Return the public form."""
         text, output = self.text, self.request.output
@@ -204,7 +215,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from .._core import SuspendedSlot
+    from .._core import FusedSampler, Model, Sampler, SuspendedSlot
     from ..structured import StructuredOutput
 
     PieceOf = Callable[[int], bytes]

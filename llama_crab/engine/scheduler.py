@@ -368,13 +368,7 @@ class Scheduler:
 
     def _assign(self, sequence: Sequence, place: Placement) -> None:
         request = sequence.request
-        sampler = request.sampler.compile(
-            self.context.model,
-            request.seed,
-            request.logit_bias,
-            choice=sequence.index,
-            opening=request.opening,
-        )
+        sampler = sequence.compile_sampler(self.context.model)
         if request.logits_processors and self._processors is None:
             from .processors import Processors
 
