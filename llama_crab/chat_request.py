@@ -189,7 +189,7 @@ class ChatRequests:
                 "call tools cannot have a form of its own; use tool_choice='none', or ask for it "
                 "in a second request"
             )
-        if not takes_form(chat.prompt):
+        if not chat.before and not takes_form(chat.prompt):
             raise ParameterError(
                 "response_format: the template's format has marks of its own around the answer"
             )
@@ -217,7 +217,7 @@ class _Chat:
         self.mode, self.name = "none", None
         self.fallback: Any = None
         self.opening: tuple[str, str, list[str]] | None = None
-        self._before = ""
+        self.before = ""
         found: list[Tool] = []
         if tools or tool_choice is not None:
             from .tools import normalize_tool_choice, normalize_tools
@@ -240,7 +240,7 @@ class _Chat:
             render["tool_choice"] = self.mode
             render["parallel_tool_calls"] = self.parallel
         if render["continue_final_message"]:
-            self._before = _last_text(messages)
+            self.before = _last_text(messages)
         self.prompt = _render(self.templates, messages, render)
         self.format = self.prompt
         if self.name is not None and found:
@@ -276,8 +276,8 @@ class _Chat:
             if output.gbnf is None:
                 return chain
             gbnf = output.gbnf
-            if self._before and not is_thinking(prompt):
-                self.opening = (self._before, "", [])
+            if self.before and not is_thinking(prompt):
+                self.opening = (self.before, "", [])
             elif thinks_first(prompt):
                 gbnf = after_thinking(gbnf, prompt)
             return chain.grammar(gbnf)
@@ -317,7 +317,7 @@ class _Chat:
         prompt = self.prompt
         if prompt.supports_thinking or (self.can_call and self.fallback is None):
             return False
-        return bool(prompt.parse(_PLAIN)["content"] == _PLAIN)
+        return bool(prompt.parse(_PLAIN)["content"] == self.before + _PLAIN)
 
     def plan(self, output: StructuredOutput | None, hidden: Sequence[str]) -> ChatPlan:
         """Return how the answers are read."""
@@ -331,7 +331,7 @@ class _Chat:
             parallel_tool_calls=self.parallel,
             output=output,
             hidden_stops=frozenset(hidden),
-            before=self._before,
+            before=self.before,
         )
 
 

@@ -164,11 +164,15 @@ class Sequence:
             return float("-inf")
         return sum(entry[0] for entry in self.logprobs) / len(self.logprobs)
 
-    def new_sampler(self, model: Model) -> Sampler | FusedSampler:
-        """Return the sampler of this answer, at its beginning."""
+    def compile_sampler(self, model: Model) -> Sampler | FusedSampler:
+        """Return what chooses this answer's tokens. Raises as `SamplerChain.compile`."""
         request = self.request
         return request.sampler.compile(
-            model, request.seed, request.logit_bias, choice=self.index, opening=request.opening
+            model,
+            request.seed,
+            request.logit_bias,
+            choice=self.index,
+            opening=request.opening,
         )
 
     def choice(self, index: int, echo: str, logprobs: Logprobs | None) -> CompletionChoice:

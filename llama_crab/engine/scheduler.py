@@ -368,7 +368,7 @@ class Scheduler:
 
     def _assign(self, sequence: Sequence, place: Placement) -> None:
         request = sequence.request
-        sampler = sequence.new_sampler(self.context.model)
+        sampler = sequence.compile_sampler(self.context.model)
         if request.logits_processors and self._processors is None:
             from .processors import Processors
 

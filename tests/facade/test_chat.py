@@ -82,9 +82,10 @@ def test_all_roles_reach_the_prompt(smol_llama: Llama) -> None:
 
 
 def test_bos_comes_once(gemma_llama: Llama) -> None:
-    text = gemma_llama.format_chat([CAPITAL])
-    assert text.startswith("<bos>")
-    request, _ = gemma_llama._chats.request([CAPITAL], 1, stream=False)
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    text = gemma_llama.format_chat([CAPITAL], chat_template=template)
+    assert text.startswith("<bos>What")
+    request, _ = gemma_llama._chats.request([CAPITAL], 1, stream=False, chat_template=template)
     bos = gemma_llama.tokenize("")[0]
     assert request.prompt[0] == bos
     assert request.prompt.count(bos) == 1
@@ -243,7 +244,6 @@ def test_thinking_is_set_apart_and_ended_in_time(smol_llama: Llama) -> None:
         thought = smol_llama.detokenize(tokens[:budget])
         assert smol_llama.detokenize(tokens[budget : budget + n_end]) == "</think>"
         assert (limited.message.reasoning_content or "").strip() == thought.strip()
-        assert limited.text
 
 
 def test_a_form_is_that_of_the_content_behind_thinking(smol_llama: Llama) -> None:
@@ -272,4 +272,4 @@ def test_the_examples_of_the_docs_run(smol_path: Path, tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[0] == "The capital of France is Paris."
     assert lines[-3:-1] == ["tool_calls get_weather place", "['user', 'assistant', 'tool']"]
-    assert "France" in lines[-1]
+    assert lines[-1].lower() == "france"
