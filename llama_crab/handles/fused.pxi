@@ -89,8 +89,8 @@ cdef class FusedSampler:
     ``grammar`` or ``grammar_lazy`` first, a selector last; parameters under llama.h's names.
     `SamplerChain.compile` makes them. Same meaning and random streams as llama.cpp's samplers.
 
-    `opening` is what the prompt has of the answer: a text that the grammar reads first, the tag that
-    opens thinking, and those that end it; a lazy grammar does not wake between them.
+    `opening` is what the prompt has of the answer: a text that the grammar reads first, the tag
+    that opens thinking, and those that end it; a lazy grammar does not wake between them.
 
     Thread-safety: none; one thread at a time.
     """

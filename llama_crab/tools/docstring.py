@@ -15,7 +15,11 @@ _OTHERS = frozenset(
     {"returns", "return", "yields", "yield", "raises", "example", "examples", "note", "notes"}
     | {"warning", "warnings", "warns", "see also", "references", "todo", "attributes"}
 )
-_REST_FIELD = re.compile(r":(\w+)(?:\s+([^:]*))?:\s*(.*)")
+# Named, because a line may also begin with a role, such as :func:`f`.
+_REST_FIELD = re.compile(
+    r":(param|parameter|arg|argument|key|keyword|type|returns?|rtype|raises?|yields?|var)"
+    r"(?:\s+([^:]*))?:\s*(.*)"
+)
 # Google: name, perhaps a type in parentheses, colon. Numpy: names, perhaps colon and type.
 _GOOGLE_ENTRY = re.compile(r"\*{0,2}(\w+)\s*(?:\(.*?\))?\s*:\s*(.*)")
 _NUMPY_ENTRY = re.compile(r"(\*{0,2}\w+(?:\s*,\s*\*{0,2}\w+)*)\s*(?::.*)?")

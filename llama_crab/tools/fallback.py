@@ -63,19 +63,19 @@ class ToolFallback:
         parallel: bool = False,
     ) -> None:
         mode, name = normalize_tool_choice(tool_choice, tools)
-        self.tools = tuple(tools) if mode != "none" else ()
+        self.tools = tuple(tools)
         self.lazy = mode == "auto" and bool(self.tools)
         self.trigger = _TRIGGER if self.lazy else None
         self.gbnf = ""
-        self.system_text = ""
-        if self.tools:
+        # Whatever the choice: the prompts of a conversation have to begin alike, for the cache.
+        self.system_text = _system_text(self.tools, parallel) if self.tools else ""
+        if self.tools and mode != "none":
             allowed = [tool for tool in self.tools if name in (None, tool.name)]
             self.gbnf = _gbnf(
                 tuple([(tool.name, json.dumps(tool.parameters)) for tool in allowed]),
                 self.lazy,
                 parallel,
             )
-            self.system_text = _system_text(self.tools, mode, name, parallel)
 
     def messages(self, messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return a conversation in OpenAI's form without tool calls and results.
@@ -184,14 +184,9 @@ def _with_text(content: Any, text: str, between: str, *, front: bool = False) ->
     return [part, *content] if front else [*content, part]
 
 
-def _system_text(tools: Sequence[Tool], mode: str, name: str | None, parallel: bool) -> str:
+def _system_text(tools: Sequence[Tool], parallel: bool) -> str:
     text = _INTRODUCTION.format(tools="\n".join([_dumps(tool.to_dict()) for tool in tools]))
-    if name is not None:
-        text += f" Call the function {name} now."
-    elif mode == "required":
-        text += " Call a function now."
-    else:
-        text += " If no function helps, answer without one."
+    text += " If no function helps, answer without one."
     return text + (" You can make several calls, one after the other." if parallel else "")
 
 
@@ -201,7 +196,7 @@ def _gbnf(tools: tuple[tuple[str, str], ...], lazy: bool, parallel: bool) -> str
     calls: list[tuple[Item, ...]] = []
     for name, parameters in tools:
         try:
-            arguments = add_schema(json.loads(parameters), rules)
+            arguments = add_schema(_closed(json.loads(parameters)), rules)
         except SchemaError as error:
             named = SchemaError(f"tool {name!r}: {error.args[0]}")
             named.keyword, named.path = error.keyword, error.path
@@ -217,6 +212,15 @@ def _gbnf(tools: tuple[tuple[str, str], ...], lazy: bool, parallel: bool) -> str
     if parallel:
         more = rules.repeat((literal(f"\n{OPEN}\n"), call), 0, None)
     return rules.to_gbnf(rules.add([(*begin, call, *more)]))
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a tool without parameters as one that allows none."""
+    # To JSON Schema, an object without declared properties is any object.
+    says_more = schema.keys() - {"type", "properties", "required", "title", "description"}
+    if says_more or schema.get("properties") or schema.get("required"):
+        return schema
+    return {**schema, "additionalProperties": False}
 
 
 def _dumps(value: Any) -> str:

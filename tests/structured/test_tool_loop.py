@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field
 
+from llama_crab import Llama, SamplerChain
+from llama_crab.chat import ChatCompletion
 from llama_crab.params import ParameterError
 from llama_crab.tool_loop import arun_tool_loop, run_tool_loop
 from llama_crab.tools import Tool, normalize_tools
@@ -236,3 +243,50 @@ def test_an_interrupt_ends_the_loop() -> None:
     script = Script([calling(("stop", "{}")), DONE])
     with pytest.raises(KeyboardInterrupt):
         run(script, False, normalize_tools([stop]))
+
+
+def weather(place: Annotated[str, Field(max_length=20)]) -> dict[str, Any]:
+    """Tell the weather of a place."""
+    return {"place": place, "sun": True}
+
+
+def test_a_real_model_calls_and_answers(smol_llama: Llama) -> None:
+    def ask(history: list[dict[str, Any]]) -> ChatCompletion:
+        return smol_llama.create_chat_completion(
+            history,
+            48,
+            tools=[weather],
+            tool_choice="required" if history[-1]["role"] == "user" else "none",
+            sampler=SamplerChain.benchmark(),
+        )
+
+    question = [{"role": "user", "content": "How is the weather in Oslo?"}]
+    found = run_tool_loop(ask, question, normalize_tools([weather]), max_steps=3)
+    assert [each["role"] for each in found.messages] == ["user", "assistant", "tool", "assistant"]
+    (call,) = found.messages[1]["tool_calls"]
+    place = json.loads(call["function"]["arguments"])["place"]
+    assert json.loads(found.messages[2]["content"]) == {"place": place, "sun": True}
+    assert found.n_steps == 2
+    assert found.completion.message.content
+    assert found.completion.usage.cached_tokens > 0
+
+
+def test_the_examples_of_the_docs_run(smol_path: Path, tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "tools.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    code = "\n".join(blocks).replace("Llama()", f"Llama({str(smol_path)!r}, n_ctx=1024)")
+    script = tmp_path / "examples.py"
+    script.write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script)], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines() == [
+        "weather ['place'] 1",
+        "tool_calls weather Oslo",
+        "21",
+        "lookup ['city']",
+        "2 ['user', 'assistant', 'tool', 'assistant']",
+        "<tool_call>",
+        "weather False",
+    ]

@@ -161,6 +161,8 @@ def test_fields_in_annotations_and_defaults() -> None:
     ) -> Any:
         """Do.
 
+        :func:`g` does, too.
+
         :param a: From the docstring.
         :param int b: Second
             line.
@@ -170,7 +172,7 @@ def test_fields_in_annotations_and_defaults() -> None:
 
     tool = function_tool(f)
     properties = tool.parameters["properties"]
-    assert tool.description == "Do."
+    assert tool.description == "Do.\n\n:func:`g` does, too."
     assert properties["a"]["description"] == "From the field."
     assert properties["b"]["description"] == "Second line."
     assert properties["b"]["default"] == 7
