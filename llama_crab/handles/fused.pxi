@@ -87,9 +87,10 @@ cdef class FusedSampler:
 
     ``FusedSampler(model, stages)``: `stages` are ``(name, params)`` pairs in the order they run, a
     ``grammar`` or ``grammar_lazy`` first, a selector last; parameters under llama.h's names.
-    `SamplerChain.compile` makes them. `opening` is what the prompt has of the answer: a text that
-    the grammar reads first, the tag that opens thinking and those that end it, between which a
-    lazy grammar does not wake. Same meaning and random streams as llama.cpp's samplers.
+    `SamplerChain.compile` makes them. Same meaning and random streams as llama.cpp's samplers.
+
+    `opening` is what the prompt has of the answer: a text that the grammar reads first, the tag
+    that opens thinking, and those that end it; a lazy grammar does not wake between them.
 
     Thread-safety: none; one thread at a time.
     """

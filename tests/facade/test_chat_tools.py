@@ -67,13 +67,12 @@ def test_a_free_answer_is_text(smol_llama: Llama, template: Any) -> None:
     answer = ask(smol_llama, max_tokens=12, chat_template=template, tool_choice="none")
     assert answer.tool_calls == ()
     assert answer.text
-    auto = ask(smol_llama, max_tokens=12, chat_template=template, logit_bias={})
+    auto = ask(smol_llama, max_tokens=12, chat_template=template)
     assert auto.text or auto.tool_calls
 
 
 def test_a_lazy_grammar_begins_with_the_call(smol_llama: Llama) -> None:
     """What the model says before is free; from the mark of a call on, it is held to the form."""
-    call = '<tool_call>\n{"name": "no'
     mark = smol_llama.tokenize("<tool_call>\n", add_special=False, parse_special=False)
     text = smol_llama.tokenize("Well. ", add_special=False)
     forced = iter([*text, *mark])
@@ -88,14 +87,13 @@ def test_a_lazy_grammar_begins_with_the_call(smol_llama: Llama) -> None:
     assert answer.text.strip() == "Well."
     (made,) = answer.tool_calls
     assert made.name in ("get_weather", "now")
-    assert call[:12] == "<tool_call>\n"
 
 
 def test_thinking_does_not_wake_a_lazy_grammar(smol_llama: Llama) -> None:
     """A mark inside of thinking is a thought; behind it, it is a call."""
     words = "I could <tool_call>\n but no"
-    thought = smol_llama.tokenize(words, add_special=False, parse_special=False)
-    forced = iter(thought)
+    written = f"{words}</think><tool_call>\n"
+    forced = iter(smol_llama.tokenize(written, add_special=False, parse_special=False))
 
     def force(tokens: Any, logits: Any) -> None:
         token = next(forced, None)
@@ -107,10 +105,11 @@ def test_thinking_does_not_wake_a_lazy_grammar(smol_llama: Llama) -> None:
         smol_llama,
         chat_template=TEMPLATES / "Qwen-QwQ-32B.jinja",
         logits_processors=[force],
-        max_tokens=len(thought),
     )
-    assert answer.message.reasoning_content == words
-    assert answer.tool_calls == ()
+    assert answer.message.reasoning_content.strip() == words
+    (call,) = answer.tool_calls
+    assert call.name in ("get_weather", "now")
+    assert isinstance(call.parsed_arguments, dict)
 
 
 def test_every_template_with_tools_takes_a_required_call(smol: _core.Model) -> None:
