@@ -74,8 +74,19 @@ def soon(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
+OTHERS: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """Note the threads of models that other tests keep loaded."""
+    OTHERS.clear()
+    OTHERS.update(threading.enumerate())
+
+
 def engine_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "llama_crab engine"]
+    found = [thread for thread in threading.enumerate() if thread.name == "llama_crab engine"]
+    return [thread for thread in found if thread not in OTHERS]
 
 
 def live_handles() -> dict[str, int]:
