@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Generator
 
 from .chat import ChatCompletion, ChatCompletionChunk
 from .chat_reader import ChatPlan
-from .chat_stream import ChatReaders
+from .chat_stream import ChatStream
 from .handle import CompletionHandle
 
 TYPE_CHECKING = False
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-class ChatHandle(AsyncIterator[ChatCompletionChunk]):
+class ChatHandle(ChatStream, AsyncIterator[ChatCompletionChunk]):
     """What `Llama.submit_chat` returns; see `CompletionHandle` for what it does when.
 
     ``result()`` or ``await handle`` gives the `ChatCompletion`; ``for`` and ``async for`` the
@@ -24,32 +24,19 @@ class ChatHandle(AsyncIterator[ChatCompletionChunk]):
     Thread-safety: one reader at a time; `cancel` and `done` from any thread.
     """
 
+    _stream: CompletionHandle
+
     def __init__(self, handle: CompletionHandle, plan: ChatPlan) -> None:
-        self._handle = handle
-        self._readers = ChatReaders(handle, plan)
-
-    @property
-    def id(self) -> str:
-        """The request's id, the same in all chunks."""
-        return self._handle.id
-
-    @property
-    def seed(self) -> int:
-        """The seed in use."""
-        return self._handle.seed
+        super().__init__(handle, plan)
 
     @property
     def done(self) -> bool:
         """Whether the request has ended; chunks may still be unread."""
-        return self._handle.done
+        return self._stream.done
 
     def cancel(self) -> None:
         """End the request within one step; what it has generated stays."""
-        self._handle.cancel()
-
-    def close(self) -> None:
-        """Cancel the request if it has not ended."""
-        self._handle.close()
+        self._stream.cancel()
 
     def result(self, timeout: float | None = None) -> ChatCompletion:
         """Wait for the end and return everything as one `ChatCompletion`.
@@ -57,42 +44,22 @@ class ChatHandle(AsyncIterator[ChatCompletionChunk]):
         Raises the request's error; TimeoutError after `timeout` seconds, which does not cancel it;
         `ChatParseError`, `ClosedError`.
         """
-        return self._readers.completion(self._handle.result(timeout))
+        return self._readers.completion(self._stream.result(timeout))
 
     def __await__(self) -> Generator[Any, None, ChatCompletion]:
         return self._result_async().__await__()
 
     async def _result_async(self) -> ChatCompletion:
-        return self._readers.completion(await self._handle)
-
-    def __iter__(self) -> ChatHandle:
-        return self
-
-    def __next__(self) -> ChatCompletionChunk:
-        while True:
-            chunk = self._readers.chunk(next(self._handle))
-            if chunk is not None:
-                return chunk
+        return self._readers.completion(await self._stream)
 
     def __aiter__(self) -> ChatHandle:
         return self
 
     async def __anext__(self) -> ChatCompletionChunk:
         while True:
-            chunk = self._readers.chunk(await anext(self._handle))
+            chunk = self._readers.chunk(await anext(self._stream))
             if chunk is not None:
                 return chunk
-
-    def __enter__(self) -> ChatHandle:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     async def __aenter__(self) -> ChatHandle:
         return self
@@ -107,4 +74,4 @@ class ChatHandle(AsyncIterator[ChatCompletionChunk]):
 
     async def aclose(self) -> None:
         """Cancel the request if it has not ended, without keeping the event loop waiting."""
-        await self._handle.aclose()
+        await self._stream.aclose()

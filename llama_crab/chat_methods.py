@@ -10,6 +10,7 @@ from .chat import ChatCompletion, check_messages
 from .chat_request import ChatOptions, ChatRequests, Messages
 from .chat_stream import ChatStream
 from .engine import Engine
+from .request_builder import UNREAD_CHUNKS
 from .stream import CompletionStream
 
 TYPE_CHECKING = False
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from .tools import Tool
 
 _Answer = TypeVar("_Answer")
-# A reader that is so many chunks behind has its request held.
-_UNREAD_CHUNKS = 64
 
 
 def tool_steps(
@@ -152,7 +151,7 @@ class ChatMethods:
 
         self._require_text()
         request, plan = self._chats.request(
-            messages, max_tokens, stream=stream, n_news_max=_UNREAD_CHUNKS, **options
+            messages, max_tokens, stream=stream, n_news_max=UNREAD_CHUNKS, **options
         )
         self._engine.start()
         handle = CompletionHandle(self._engine, request, self._vocab, "", self._name, self.load_sec)

@@ -63,7 +63,7 @@ class ReasoningBudget:
         return None
 
 
-def reasoning_budget(
+def limit_reasoning(
     n_tokens: int, vocab: _core.Vocab, prompt: _core.ChatPrompt, n_prompt: int
 ) -> ReasoningBudget:
     """Return the processor. Raises `ParameterError` where the template does not mark thinking."""

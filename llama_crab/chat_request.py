@@ -9,6 +9,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from .chat_reader import ChatPlan, Parser
 from .chat_reasoning import (
     after_thinking,
     is_thinking,
+    limit_reasoning,
     opening,
-    reasoning_budget,
     takes_form,
     thinks_first,
 )
@@ -163,7 +164,7 @@ class ChatRequests:
         ids = chat.templates.tokenize(chat.prompt)
         hidden = _add_stops(chat.prompt, options)
         if reasoning_budget is not None:
-            budget = _budget(reasoning_budget, self._vocab, chat.prompt, len(ids))
+            budget = limit_reasoning(reasoning_budget, self._vocab, chat.prompt, len(ids))
             options["logits_processors"] = (*options.get("logits_processors", ()), budget)
         if any(not self._vocab.piece(token, False) for token in chat.special_tokens(self._vocab)):
             options["special"] = True
@@ -312,7 +313,7 @@ class _Chat:
                 found += ids
         return found
 
-    @property
+    @cached_property
     def _is_plain(self) -> bool:
         prompt = self.prompt
         if prompt.supports_thinking or (self.can_call and self.fallback is None):
@@ -402,12 +403,6 @@ def _add_stops(prompt: _core.ChatPrompt, options: dict[str, Any]) -> list[str]:
     own = tuple(own)
     options["stop"] = (*own, *prompt.additional_stops)
     return [stop for stop in prompt.additional_stops if stop not in own]
-
-
-def _budget(
-    n_tokens: int, vocab: _core.Vocab, prompt: _core.ChatPrompt, n_prompt: int
-) -> Callable[..., None]:
-    return reasoning_budget(n_tokens, vocab, prompt, n_prompt)
 
 
 def _last_text(messages: list[dict[str, Any]]) -> str:

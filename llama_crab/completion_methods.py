@@ -12,7 +12,13 @@ from .completion import Completion, CompletionChunk
 from .engine import Engine
 from .lora import LoraSets
 from .params import LlamaParams, ParameterError
-from .request_builder import CallbackOptions, CompletionOptions, Prompt, RequestBuilder
+from .request_builder import (
+    UNREAD_CHUNKS,
+    CallbackOptions,
+    CompletionOptions,
+    Prompt,
+    RequestBuilder,
+)
 from .session import Session
 from .stream import CompletionStream
 
@@ -21,9 +27,6 @@ if TYPE_CHECKING:
     from .handle import CompletionHandle
     from .lora import LoraChoice
     from .mapping import CompletionMap
-
-# A reader that is so many chunks behind has its request held.
-_UNREAD_CHUNKS = 64
 
 
 class CompletionMethods:
@@ -179,7 +182,7 @@ class CompletionMethods:
 
         self._require_text()
         request, echo = self._builder.completion(
-            prompt, max_tokens, stream=stream, n_news_max=_UNREAD_CHUNKS, **options
+            prompt, max_tokens, stream=stream, n_news_max=UNREAD_CHUNKS, **options
         )
         request.listener = listener
         self._engine.start()

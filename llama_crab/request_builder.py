@@ -25,6 +25,8 @@ Prompt = str | Sequence[int]
 
 # Far beyond any use, and far from where a rank would overflow.
 _MOST_PRIORITY = 1_000_000
+# A reader in the background that is so many chunks behind has its request held.
+UNREAD_CHUNKS = 64
 _LONGEST_SEC = 10 * 365 * 86400.0
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -66,6 +68,28 @@ def smol_path() -> Path:
     models = _module("fetch_models")
     path: Path = models.fetch(models.DEMO_MODEL)
     return path
+
+
+@pytest.fixture
+def run_page(tmp_path: Path) -> Callable[..., list[str]]:
+    """Return a function that runs the Python of a page of docs/, and returns what it prints.
+
+    ``run_page(name, n_blocks, old, new, *flags)``: the page has that many blocks, which are one
+    program, in which `new` replaces `old`; the flags are the interpreter's.
+    """
+
+    def run(name: str, n_blocks: int, old: str, new: str, *flags: str) -> list[str]:
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        assert len(blocks) == n_blocks
+        script = tmp_path / "examples.py"
+        script.write_text("\n".join(blocks).replace(old, new), encoding="utf-8")
+        command = [sys.executable, *flags, str(script)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.splitlines()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from llama_crab.compat.llama_cpp import Llama
@@ -15,21 +14,9 @@ from llama_crab.compat.llama_cpp.llama_chat_format import FORMATS
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "moving-from-llama-cpp-python.md"
 
 
-def test_the_examples_run(smol_path: Path, tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4
-    script = tmp_path / "examples.py"
-    code = "\n".join(blocks).replace('"model.gguf"', repr(str(smol_path)))
-    script.write_text(code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
+def test_the_examples_run(smol_path: Path, run_page: Callable[..., list[str]]) -> None:
+    printed = run_page(PAGE.name, 4, '"model.gguf"', repr(str(smol_path)), "-W", "error")
+    lines = [line for line in printed if line.strip()]
     assert lines[0] == " Paris"
     assert lines[1].startswith(" Paris.")
     assert lines[-5] in ("yes", "no")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -259,17 +257,8 @@ def test_a_form_is_that_of_the_content_behind_thinking(smol_llama: Llama) -> Non
     assert answer.parsed == Person.model_validate_json(answer.text)
 
 
-def test_the_examples_of_the_docs_run(smol_path: Path, tmp_path: Path) -> None:
-    page = Path(__file__).resolve().parents[2] / "docs" / "chat.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 3
-    code = "\n".join(blocks).replace("Llama()", f"Llama({str(smol_path)!r}, n_ctx=2048)")
-    script = tmp_path / "examples.py"
-    script.write_text(code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)], check=True, capture_output=True, text=True, cwd=tmp_path
-    )
-    lines = done.stdout.splitlines()
+def test_the_examples_of_the_docs_run(smol_path: Path, run_page: Callable[..., list[str]]) -> None:
+    lines = run_page("chat.md", 3, "Llama()", f"Llama({str(smol_path)!r}, n_ctx=2048)")
     assert lines[0] == "The capital of France is Paris."
     assert lines[-3:-1] == ["tool_calls get_weather place", "['user', 'assistant', 'tool']"]
     assert lines[-1].lower() == "france"

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -437,17 +437,8 @@ except ImportError as error:
     assert 'pip install "llama-crab[chat]"' in done.stdout
 
 
-def test_the_examples_of_the_docs_run(smol_path: Path, tmp_path: Path) -> None:
-    page = Path(__file__).resolve().parents[2] / "docs" / "structured-output.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4
-    code = "\n".join(blocks).replace("Llama()", f"Llama({str(smol_path)!r}, n_ctx=512)")
-    script = tmp_path / "examples.py"
-    script.write_text(code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)], check=True, capture_output=True, text=True, cwd=tmp_path
-    )
-    lines = done.stdout.splitlines()
+def test_the_examples_of_the_docs_run(smol_path: Path, run_page: Callable[..., list[str]]) -> None:
+    lines = run_page("structured-output.md", 4, "Llama()", f"Llama({str(smol_path)!r}, n_ctx=512)")
     assert lines[0] == "name='Anna Berg' age=34"
     assert lines[1] in ("capital", "town", "None")
     assert lines[2] in ("hot", "cold")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -271,17 +269,9 @@ def test_a_real_model_calls_and_answers(smol_llama: Llama) -> None:
     assert found.completion.usage.cached_tokens > 0
 
 
-def test_the_examples_of_the_docs_run(smol_path: Path, tmp_path: Path) -> None:
-    page = Path(__file__).resolve().parents[2] / "docs" / "tools.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4
-    code = "\n".join(blocks).replace("Llama()", f"Llama({str(smol_path)!r}, n_ctx=1024)")
-    script = tmp_path / "examples.py"
-    script.write_text(code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)], check=True, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.stdout.splitlines() == [
+def test_the_examples_of_the_docs_run(smol_path: Path, run_page: Callable[..., list[str]]) -> None:
+    lines = run_page("tools.md", 4, "Llama()", f"Llama({str(smol_path)!r}, n_ctx=1024)")
+    assert lines == [
         "weather ['place'] 1",
         "tool_calls weather Oslo",
         "21",
