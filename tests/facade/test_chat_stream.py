@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,13 @@ THINKING: dict[str, Any] = {
     "chat_template": TEMPLATES / "Qwen-QwQ-32B.jinja",
     "reasoning_budget": 4,
 }
+
+
+@pytest.fixture(scope="module")
+def submitting_llama(smol_path: Path) -> Iterator[Llama]:
+    """Return SmolLM2 of its own: what is submitted gives the engine a thread for good."""
+    with Llama(smol_path, n_ctx=2048, n_ubatch=64, n_seq_max=2, flash_attn_type=True) as llama:
+        yield llama
 
 
 def joined(chunks: Iterable[ChatCompletionChunk], index: int = 0) -> ChatMessage:
@@ -70,15 +77,15 @@ def test_two_answers_stream_side_by_side(smol_llama: Llama) -> None:
     assert whole.choices[0].message != whole.choices[1].message
 
 
-def test_a_result_may_be_asked_for_at_any_time(smol_llama: Llama) -> None:
-    whole = smol_llama.create_chat_completion(MESSAGES, 14, **OPTIONS, **THINKING)
+def test_a_result_may_be_asked_for_at_any_time(submitting_llama: Llama) -> None:
+    whole = submitting_llama.create_chat_completion(MESSAGES, 14, **OPTIONS, **THINKING)
     for n_read in (0, 1, 5):
-        handle = smol_llama.submit_chat(MESSAGES, 14, stream=True, **OPTIONS, **THINKING)
+        handle = submitting_llama.submit_chat(MESSAGES, 14, stream=True, **OPTIONS, **THINKING)
         for _ in range(n_read):
             next(handle)
         assert handle.result(60).choices == whole.choices
         assert handle.done
-    at_once = smol_llama.submit_chat(MESSAGES, 14, **OPTIONS, **THINKING)
+    at_once = submitting_llama.submit_chat(MESSAGES, 14, **OPTIONS, **THINKING)
     assert joined(at_once) == whole.message
 
 
@@ -92,7 +99,7 @@ def test_threads_share_the_model(smol_llama: Llama) -> None:
         assert list(pool.map(ask, range(4))) == alone
 
 
-def test_a_cancelled_chat_keeps_what_it_has(smol_llama: Llama) -> None:
+def test_a_cancelled_chat_keeps_what_it_has(smol_llama: Llama, submitting_llama: Llama) -> None:
     whole = smol_llama.create_chat_completion(MESSAGES, 40, ignore_eos=True, **OPTIONS)
     with smol_llama.create_chat_completion(
         MESSAGES, 400, stream=True, ignore_eos=True, **OPTIONS
@@ -103,7 +110,7 @@ def test_a_cancelled_chat_keeps_what_it_has(smol_llama: Llama) -> None:
     assert result.finish_reason == "cancelled"
     assert result.text.startswith(first.text)
     assert whole.text.startswith(result.text[: len(whole.text)])
-    handle = smol_llama.submit_chat(MESSAGES, 400, ignore_eos=True, **OPTIONS)
+    handle = submitting_llama.submit_chat(MESSAGES, 400, ignore_eos=True, **OPTIONS)
     handle.cancel()
     assert handle.result(60).finish_reason == "cancelled"
     with pytest.raises(RequestTimeoutError):

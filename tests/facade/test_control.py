@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -125,7 +126,7 @@ def interrupted_when(ready: Callable[[], bool]) -> Iterator[None]:
     def wait() -> None:
         while not over.is_set():
             if ready():
-                signal.raise_signal(signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)  # to the main thread, as of a terminal
                 return
             over.wait(0.0005)
 
