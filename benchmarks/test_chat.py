@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import statistics
+import time
 from typing import Any
 
 import fetch_models
@@ -10,6 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from side_by_side import ROOT
 
 from llama_crab import Llama
+from llama_crab.chat import check_messages
 from llama_crab.chat_reader import ChatReader
 
 TEMPLATES = ROOT / "third_party/llama.cpp/models/templates"
@@ -23,16 +28,21 @@ def llama() -> Any:
         yield found
 
 
+def conversation(mark: str = "") -> list[dict[str, Any]]:
+    """Return twenty messages of 60 words, which `mark` makes different ones."""
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": f"{mark} {i}: " + "some words " * 30}
+        for i in range(TURNS - 1)
+    ]
+    return [*messages, {"role": "user", "content": f"{mark} And now?"}]
+
+
 @pytest.mark.benchmark(group="chat")
 def test_request_of_a_long_conversation(
     benchmark: BenchmarkFixture, figures: dict[str, Any], llama: Llama
 ) -> None:
-    """Twenty messages of 60 words: check, render, tokenise, make the request and its reader."""
-    messages = [
-        {"role": ("user", "assistant")[i % 2], "content": f"Message {i}: " + "some words " * 30}
-        for i in range(TURNS - 1)
-    ]
-    messages.append({"role": "user", "content": "And now?"})
+    """Check, render, tokenise, make the request and its reader."""
+    messages = conversation()
 
     def prepare() -> ChatReader:
         request, plan = llama._chats.request(messages, 100, stream=True)
@@ -43,6 +53,32 @@ def test_request_of_a_long_conversation(
     figure = {"ms": round(benchmark.stats["median"] * 1e3, 3)}
     benchmark.extra_info.update(figure)
     figures["chat/request"] = figure
+
+
+@pytest.mark.benchmark(group="chat")
+def test_render_and_tokenise_what_was_never_seen(
+    benchmark: BenchmarkFixture, figures: dict[str, Any], llama: Llama
+) -> None:
+    """The same, of other words each time, and its two parts."""
+    templates = llama._chats.templates(None)
+    split: dict[str, list[float]] = {"template_ms": [], "tokenise_ms": []}
+    marks = itertools.count()
+
+    def fresh() -> tuple[tuple[Any], dict[str, Any]]:
+        return (check_messages(conversation(f"Message {next(marks)}")),), {}
+
+    def prepare(messages: Any) -> None:
+        begin = time.perf_counter()
+        prompt = templates.render(json.dumps(messages), now=0)
+        rendered = time.perf_counter()
+        assert len(templates.tokenize(prompt)) > 1000
+        split["template_ms"].append((rendered - begin) * 1e3)
+        split["tokenise_ms"].append((time.perf_counter() - rendered) * 1e3)
+
+    benchmark.pedantic(prepare, setup=fresh, rounds=60)
+    figure = {name: round(statistics.median(times), 3) for name, times in split.items()}
+    benchmark.extra_info.update(figure)
+    figures["chat/unseen"] = figure
 
 
 @pytest.mark.parametrize("kind", ["plain", "thinking", "call"])
@@ -65,16 +101,23 @@ def test_streamed_answer(
         pieces[-1] = '"}}\n</tool_call>'
     _, plan = llama._chats.request([{"role": "user", "content": "Hi"}], 1, stream=True, **options)
 
+    ends: list[float] = []
+
     def read() -> ChatReader:
         reader = ChatReader(plan, "x")
         for piece in pieces[:-1]:
             reader.push(piece)
+        begin = time.perf_counter()
         reader.finish("stop", pieces[-1])
+        ends.append((time.perf_counter() - begin) * 1e6)
         return reader
 
     reader = benchmark(read)
     assert bool(reader.message().tool_calls) == (kind == "call")
     assert bool(reader.message().reasoning_content) == (kind != "plain")
-    figure = {"us_per_token": round(benchmark.stats["mean"] * 1e6 / N_TOKENS, 2)}
+    figure = {
+        "us_per_token": round(benchmark.stats["mean"] * 1e6 / N_TOKENS, 2),
+        "end_us": round(statistics.median(ends), 1),
+    }
     benchmark.extra_info.update(figure)
     figures[f"chat/stream/{kind}"] = figure
