@@ -12,11 +12,18 @@ from .probe import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .bed import Bed
+    from .bench_compare import compare_reports
+    from .bench_report import BenchReport, BenchRow
+    from .bench_run import bench
     from .samples import Comparison, Samples, compare
 
 # Every `Llama` asks for the threads; what measures is for those who measure.
 _LATER = {
     "Bed": "bed",
+    "BenchReport": "bench_report",
+    "BenchRow": "bench_report",
+    "bench": "bench_run",
+    "compare_reports": "bench_compare",
     "Comparison": "samples",
     "Samples": "samples",
     "compare": "samples",
@@ -37,11 +44,15 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Bed",
+    "BenchReport",
+    "BenchRow",
     "Comparison",
     "Samples",
     "ThreadChoice",
     "available_memory",
+    "bench",
     "compare",
+    "compare_reports",
     "default_n_threads",
     "physical_cores",
     "thread_choice",

@@ -113,6 +113,22 @@ class Bed:
         self._decode_steps(context, columns, depth)
         return time.perf_counter() - began
 
+    def rest(self) -> None:
+        """Free the context and keep the weights; the next use makes the context again."""
+        self._close_context()
+        self._close_llama()
+
+    @property
+    def resting(self) -> bool:
+        """Whether there is no context now."""
+        return self._context is None and self._llama is None
+
+    def abort(self) -> None:
+        """Make a raw decode that is running end with `DecodeAborted`. From any thread."""
+        context = self._context
+        if context is not None:
+            context.abort()
+
     def close(self) -> None:
         """Free the context, and the weights when no other bed uses them. Idempotent."""
         self._close_context()

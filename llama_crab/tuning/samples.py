@@ -79,8 +79,10 @@ class Comparison:
 
     def __str__(self) -> str:
         if not math.isfinite(self.uncertainty):
-            return f"{self.ratio:.3f}x ± ? ({self.verdict})"
-        return f"{self.ratio:.3f}x ± {self.uncertainty:.1%} ({self.verdict})"
+            return "? (fewer than 3 rounds)"
+        if self.verdict == "same":
+            return f"same within {self.uncertainty:.1%}"
+        return f"{self.ratio:.3f}x ± {self.uncertainty:.1%} {self.verdict}"
 
 
 def compare(before: Samples, after: Samples, *, paired: bool = True) -> Comparison:

@@ -1,12 +1,14 @@
-"""What is measured: llama-bench's tests, and more sequences than one."""
+"""What is measured: llama-bench's tests, more sequences than one, and whole answers by `Llama`."""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
-from ..params import INT32_MAX, MAX_SEQUENCES, LlamaParams, require_integer
+from ..params import INT32_MAX, MAX_SEQUENCES, LlamaParams, ParameterError, require_integer
+from ..sampling import SamplerChain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,6 +68,10 @@ class Workload(ABC):
     def run(self, bed: Bed) -> float:
         """Do it once and return the seconds."""
 
+    def warm_up(self, bed: Bed) -> None:
+        """Bring into the caches and into being what a run should not pay for."""
+        self.run(bed)
+
     def measure(self, bed: Bed) -> Measured:
         """Do it once and return the seconds with what they went into."""
         return Measured(self.run(bed))
@@ -114,6 +120,9 @@ class Generate(Workload):
     def run(self, bed: Bed) -> float:  # noqa: D102
         return bed.generate(self.n_gen, self.depth)
 
+    def warm_up(self, bed: Bed) -> None:  # noqa: D102
+        bed.generate(1, self.depth)
+
 
 @dataclass(frozen=True)
 class PrefillGenerate(Workload):
@@ -137,6 +146,9 @@ class PrefillGenerate(Workload):
     def run(self, bed: Bed) -> float:  # noqa: D102
         return bed.prefill_generate(self.n_prompt, self.n_gen, self.depth)
 
+    def warm_up(self, bed: Bed) -> None:  # noqa: D102
+        bed.prefill_generate(self.n_prompt, 1, self.depth)
+
 
 @dataclass(frozen=True)
 class Parallel(Workload):
@@ -159,6 +171,157 @@ class Parallel(Workload):
 
     def run(self, bed: Bed) -> float:  # noqa: D102
         return bed.parallel(self.n_seq, self.n_gen, self.depth)
+
+    def warm_up(self, bed: Bed) -> None:  # noqa: D102
+        bed.parallel(self.n_seq, 1, self.depth)
+
+
+@dataclass(frozen=True)
+class Complete(Workload):
+    """A whole answer: `n_prompt` tokens of English, `n_gen` tokens by a preset sampler chain.
+
+    The rate is of generated tokens over the whole call. Its parts, in seconds: ``prefill``,
+    ``decode``, ``sample``, ``text`` (what is left: tokenising, text, Python), which add up to the
+    call, and ``first_token``, which is among them.
+    """
+
+    n_prompt: int
+    n_gen: int
+    preset: str = "benchmark"
+    end_to_end = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in PRESETS:
+            raise ParameterError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return f"answer {self.n_prompt}+{self.n_gen} {self.preset}"
+
+    @property
+    def n_tokens(self) -> int:  # noqa: D102
+        return self.n_gen
+
+    def fit(self, params: LlamaParams) -> LlamaParams:  # noqa: D102
+        return fit_context(params, self.n_prompt + self.n_gen)
+
+    def run(self, bed: Bed) -> float:  # noqa: D102
+        return self.measure(bed).seconds
+
+    def measure(self, bed: Bed) -> Measured:  # noqa: D102
+        llama = bed.llama
+        stepper = llama._engine.scheduler.stepper
+        prompt = _prompt(bed, self.n_prompt)
+        decoded_us = stepper.decode_us
+        timings = llama.create_completion(
+            prompt,
+            self.n_gen,
+            sampler=_chain(self.preset),
+            seed=0,
+            ignore_eos=True,
+            cache_prompt=False,
+        ).timings
+        decoded = (stepper.decode_us - decoded_us) / 1e6
+        prefill = min(timings.prompt_sec, decoded)
+        parts = {
+            "prefill": prefill,
+            "decode": decoded - prefill,
+            "sample": timings.sample_sec,
+            "text": max(0.0, timings.total_sec - decoded - timings.sample_sec),
+            "first_token": timings.first_token_sec,
+        }
+        return Measured(timings.total_sec, parts)
+
+
+@dataclass(frozen=True)
+class Reuse(Workload):
+    """One token after a prompt of which all but the last token is in memory; a rate as ``pp``.
+
+    Its parts: ``cached_n``, the tokens that were not computed.
+    """
+
+    n_prompt: int
+    end_to_end = True
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return f"reuse pp{self.n_prompt}"
+
+    @property
+    def n_tokens(self) -> int:  # noqa: D102
+        return self.n_prompt
+
+    def fit(self, params: LlamaParams) -> LlamaParams:  # noqa: D102
+        return fit_context(params, self.n_prompt + 1)
+
+    def run(self, bed: Bed) -> float:  # noqa: D102
+        return self.measure(bed).seconds
+
+    def measure(self, bed: Bed) -> Measured:  # noqa: D102
+        llama, greedy = bed.llama, SamplerChain.benchmark()
+        prompt = _prompt(bed, self.n_prompt)
+        llama.create_completion(prompt, 1, sampler=greedy)
+        other = [*prompt[:-1], (prompt[-1] + 1) % bed.model.vocab.n_tokens]
+        timings = llama.create_completion(other, 1, sampler=greedy).timings
+        return Measured(timings.total_sec, {"cached_n": float(timings.cached_n)})
+
+
+@dataclass(frozen=True)
+class Tokenize(Workload):
+    """Tokenise `n_chars` characters of English; no model runs."""
+
+    n_chars: int
+    end_to_end = True
+    unit = "char/s"
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return f"tokenize {self.n_chars}"
+
+    @property
+    def n_tokens(self) -> int:  # noqa: D102
+        return self.n_chars
+
+    def fit(self, params: LlamaParams) -> LlamaParams:  # noqa: D102
+        return fit_context(params, 1)
+
+    def run(self, bed: Bed) -> float:  # noqa: D102
+        llama = bed.llama
+        text = (_TEXT * (self.n_chars // len(_TEXT) + 1))[: self.n_chars]
+        began = time.perf_counter()
+        llama.tokenize(text)
+        return time.perf_counter() - began
+
+
+PRESETS = ("default", "benchmark", "code", "chat", "creative", "structured")
+"""Names of `SamplerChain`'s presets; ``structured`` under a grammar of JSON strings."""
+
+# It never closes, so that an answer is as long as it should be.
+_GRAMMAR = r"""root ::= "[" item+
+item ::= "\"" [^"\\\x00-\x1f]+ "\", "
+"""
+_TEXT = (
+    "The lighthouse keeper wrote down the weather every evening, although nobody read it. On the "
+    "third of March the wind turned west, and 14 boats came back before dark. He counted them "
+    "twice, lit the lamp, and thought of what his sister had said about the price of oil.\n"
+)
+
+
+def _chain(preset: str) -> SamplerChain:
+    if preset == "structured":
+        return SamplerChain.structured(_GRAMMAR)
+    chain: SamplerChain = getattr(SamplerChain, preset)()
+    return chain
+
+
+def _prompt(bed: Bed, n_tokens: int) -> list[int]:
+    """Return the same text for every configuration, cut to `n_tokens`."""
+    tokens = bed.model.vocab.tokenize(_TEXT, True, False)
+    more = bed.model.vocab.tokenize(_TEXT, False, False)
+    while len(tokens) < n_tokens:
+        tokens.extend(more)
+    return tokens[:n_tokens]
 
 
 def fit_context(params: LlamaParams, n_per_seq: int, n_seq: int = 1) -> LlamaParams:
