@@ -85,7 +85,7 @@ class BenchRow:
             parts={
                 name: statistics.median(item.parts[name] for _, item in measured) for name in names
             },
-            error=None if error is None else f"{type(error).__name__}: {error}",
+            error=None if error is None else _reason(error),
             facts={name: value for name, value in facts.items() if name not in _CONFIG},
         )
 
@@ -268,18 +268,19 @@ class BenchReport:
 
     def differing(self) -> list[str]:
         """Return the names of the settings in which rows differ."""
-        measured = [row for row in self.rows if row.error is None] or list(self.rows)
-        return [
-            name
-            for name in _CONFIG
-            if len({_setting(_chosen(row.config, name)) for row in measured}) > 1
-        ]
+        found = []
+        for name in _CONFIG:
+            # A row that failed early does not know the defaults.
+            known = [row.config for row in self.rows if row.seconds or name in row.config]
+            if len({_setting(_chosen(config, name)) for config in known}) > 1:
+                found.append(name)
+        return found
 
     def notes(self) -> list[str]:
         """Return a line for each reason why rows failed, and one for a run that was interrupted."""
         by_reason: dict[str, list[BenchRow]] = {}
         for row in self.failed:
-            reason = (row.error or "").splitlines()[0]
+            reason = row.error or ""
             after = f" (after {len(row.seconds)} rounds)" if row.seconds else ""
             by_reason.setdefault(reason + after, []).append(row)
         lines = []
@@ -300,6 +301,14 @@ class BenchReport:
             if name in row.config
         ]
         return " ".join(words)
+
+
+def _reason(error: Exception) -> str:
+    """Return the kind and the message in one line, with llama.cpp's first line of the cause."""
+    lines = str(error).splitlines() or [""]
+    log = error.log if isinstance(error, LlamaCrabError) else ()
+    cause = f": {log[0].strip()}" if log and log[0].strip() not in lines[0] else ""
+    return f"{type(error).__name__}: {lines[0]}{cause}"
 
 
 def _chosen(config: Mapping[str, Any], name: str) -> Any:
