@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -396,3 +396,11 @@ def test_a_plot_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"llama-crab\[plot\]"):
         plot(report_of(row_of()), tmp_path / "speed.png")
+
+
+def test_the_page_runs(tiny_path: Path, run_page: Callable[..., list[str]]) -> None:
+    page = run_page("bench.md", 1, '"model.gguf"', repr(str(tiny_path)))
+    tests = ["pp512", "tg32 @ d256", "answer 128+32 chat"]
+    assert [line.rsplit(" ", 3)[0] for line in page[:6]] == tests * 2
+    assert all(line.endswith(" None") for line in page[:6])
+    assert len(page) == 6 + 3
