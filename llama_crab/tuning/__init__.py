@@ -12,14 +12,19 @@ from .probe import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .bed import Bed
+    from .doctor import examine
+    from .finding import Diagnosis, Finding
     from .samples import Comparison, Samples, compare
 
 # Every `Llama` asks for the threads; what measures is for those who measure.
 _LATER = {
     "Bed": "bed",
     "Comparison": "samples",
+    "Diagnosis": "finding",
+    "Finding": "finding",
     "Samples": "samples",
     "compare": "samples",
+    "examine": "doctor",
 }
 
 
@@ -38,11 +43,14 @@ def __dir__() -> list[str]:
 __all__ = [
     "Bed",
     "Comparison",
+    "Diagnosis",
+    "Finding",
     "Samples",
     "ThreadChoice",
     "available_memory",
     "compare",
     "default_n_threads",
+    "examine",
     "physical_cores",
     "thread_choice",
     "total_memory",
