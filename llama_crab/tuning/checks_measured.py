@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..params import LlamaParams
 from .bed import Bed
 from .finding import Finding, passed
 from .samples import Comparison, Samples, compare
@@ -24,11 +23,11 @@ if TYPE_CHECKING:
 _ROUNDS = 5
 _WORTH = 1.05
 _GRAVE = 1.15
-_N_PROMPT, _N_GEN = 128, 16
-_LEAST_DEPTH, _MOST_DEPTH = 128, 2048
-_FILL_SEC = 4.0
-# A model slower than this is not worth the wait; `llama-crab bench` has no such limit.
-_LONGEST_PROMPT_SEC = 6.0
+_MOST_DEPTH, _MOST_PROMPT, _MOST_GEN = 2048, 128, 16
+_PROBE_TOKENS, _PROBE_GEN = 16, 2
+_FILL_SEC, _PROMPT_SEC, _GEN_SEC = 4.0, 0.5, 0.4
+# A slower configuration is not worth the wait; `llama-crab bench` has no such limit.
+_LONGEST_PROBE_SEC = 4.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,15 @@ class Alternative:
     changes: dict[str, Any]
     now: str
     fix: str
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How many tokens are decoded, and how many lie before them."""
+
+    depth: int
+    n_prompt: int
+    n_gen: int
 
 
 @dataclass
@@ -85,76 +93,74 @@ def measured(
     Nothing is returned for a model that is too slow for a short measurement. Raises what `Llama`
     raises when the configuration does not load.
     """
-    n_ctx = _MOST_DEPTH + _N_PROMPT + 64
+    n_ctx = _MOST_DEPTH + _MOST_PROMPT + 64
     if subject.model is not None and subject.model.n_ctx_train > 0:
-        n_ctx = min(n_ctx, max(subject.model.n_ctx_train, _N_PROMPT + _LEAST_DEPTH))
+        n_ctx = min(n_ctx, max(subject.model.n_ctx_train, 2 * _MOST_PROMPT))
     plain = subject.given.replace(
         n_ctx=n_ctx, n_seq_max=None, n_outputs_max=None, n_outputs_max_per_seq=None, kv_unified=None
     )
     progress("loading the model")
     with Bed(plain) as bed:
-        depth = _depth(bed, n_ctx)
-        if depth is None:
-            return []
         races = {"": _Race(bed)}
         try:
             for option in options:
-                other = _apply(plain, option)
-                races[option.name] = _Race(Bed(other, weights_of=bed))
-            _run(races, depth, "measuring " + ", ".join(o.name for o in options), progress)
+                races[option.name] = _Race(Bed(plain.replace(**option.changes), weights_of=bed))
+            size = _size(races, n_ctx)
+            if size is None:
+                return []
+            _run(races, size, "measuring " + ", ".join(list(races)[1:]), progress)
             doubtful = [option.name for option in options if _differs(races, option.name)]
+            again = {name: _Race(races[name].bed) for name in ("", *doubtful)}
             if doubtful:
-                first = {name: race.rates for name, race in races.items()}
-                again = {name: _Race(races[name].bed) for name in ("", *doubtful)}
-                _run(again, depth, "measuring again " + ", ".join(doubtful), progress)
-                return [_finding(subject, o, first, again, depth) for o in options]
-            first = {name: race.rates for name, race in races.items()}
-            return [_finding(subject, o, first, {}, depth) for o in options]
+                _run(again, size, "measuring again " + ", ".join(doubtful), progress)
+            return [_finding(subject, option, races, again, size.depth) for option in options]
         finally:
             for name, race in races.items():
                 if name:
                     race.bed.close()
 
 
-def _apply(plain: LlamaParams, option: Alternative) -> LlamaParams:
-    return plain.replace(**option.changes)
-
-
-def _depth(bed: Bed, n_ctx: int) -> int | None:
-    """Return how many tokens can lie before what is measured, or None for a slow model."""
-    bed.prefill(8)  # allocates, and wakes the threads
-    seconds = bed.prefill(_LEAST_DEPTH)
-    if seconds > _LONGEST_PROMPT_SEC:
+def _size(races: dict[str, _Race], n_ctx: int) -> _Size | None:
+    """Return a size that the slowest of all is done with soon, or None where there is none."""
+    prompt_sec = gen_sec = 0.0
+    for race in races.values():
+        race.bed.prefill(_PROBE_TOKENS)  # allocates, and wakes the threads
+        prompt_sec = max(prompt_sec, race.bed.prefill(_PROBE_TOKENS) / _PROBE_TOKENS)
+        gen_sec = max(gen_sec, race.bed.generate(_PROBE_GEN) / _PROBE_GEN)
+    if max(prompt_sec * _PROBE_TOKENS, gen_sec * _PROBE_GEN) > _LONGEST_PROBE_SEC:
         return None
-    room = n_ctx - _N_PROMPT
-    fits = int(_LEAST_DEPTH * _FILL_SEC / seconds)
-    return max(0, min(fits, room, _MOST_DEPTH)) // 64 * 64
+    room = n_ctx - _MOST_PROMPT
+    return _Size(
+        depth=min(int(_FILL_SEC / prompt_sec), room, _MOST_DEPTH) // 64 * 64,
+        n_prompt=max(_PROBE_TOKENS, min(int(_PROMPT_SEC / prompt_sec), _MOST_PROMPT)),
+        n_gen=max(_PROBE_GEN, min(int(_GEN_SEC / gen_sec), _MOST_GEN)),
+    )
 
 
-def _run(races: dict[str, _Race], depth: int, what: str, progress: Callable[[str], object]) -> None:
+def _run(
+    races: dict[str, _Race], size: _Size, what: str, progress: Callable[[str], object]
+) -> None:
     order = list(races.values())
     for race in order:
-        race.bed.prefill(8, depth)
-        race.bed.generate(2, depth)
+        race.bed.prefill(_PROBE_TOKENS, size.depth)
+        race.bed.generate(_PROBE_GEN, size.depth)
     for i in range(_ROUNDS):
         progress(f"{what}, round {i + 1} of {_ROUNDS}")
         # Who comes first may find a cooler machine.
         for race in order if i % 2 == 0 else reversed(order):
-            rates = race.rates
-            seconds = race.bed.prefill(_N_PROMPT, depth)
-            rates.setdefault("prompts", []).append(_N_PROMPT / seconds)
-            seconds = race.bed.generate(_N_GEN, depth)
-            rates.setdefault("answers", []).append(_N_GEN / seconds)
+            seconds = race.bed.prefill(size.n_prompt, size.depth)
+            race.rates.setdefault("prompts", []).append(size.n_prompt / seconds)
+            seconds = race.bed.generate(size.n_gen, size.depth)
+            race.rates.setdefault("answers", []).append(size.n_gen / seconds)
 
 
-def _compare(rates: dict[str, dict[str, list[float]]], name: str, workload: str) -> Comparison:
-    before, after = rates[""][workload], rates[name][workload]
+def _compare(races: dict[str, _Race], name: str, workload: str) -> Comparison:
+    before, after = races[""].rates[workload], races[name].rates[workload]
     return compare(Samples(tuple(before)), Samples(tuple(after)))
 
 
 def _differs(races: dict[str, _Race], name: str) -> bool:
-    rates = {key: race.rates for key, race in races.items()}
-    return any(_is_worth(_compare(rates, name, workload)) for workload in ("prompts", "answers"))
+    return any(_is_worth(_compare(races, name, workload)) for workload in ("prompts", "answers"))
 
 
 def _is_worth(found: Comparison) -> bool:
@@ -164,18 +170,17 @@ def _is_worth(found: Comparison) -> bool:
 def _finding(
     subject: Subject,
     option: Alternative,
-    first: dict[str, dict[str, list[float]]],
+    first: dict[str, _Race],
     again: dict[str, _Race],
     depth: int,
 ) -> Finding:
-    second = {name: race.rates for name, race in again.items()}
     faster, shown, lost = [], [], False
     best = 1.0
     for workload in ("prompts", "answers"):
         found = _compare(first, option.name, workload)
         confirmed = False
-        if option.name in second:
-            repeated = _compare(second, option.name, workload)
+        if option.name in again:
+            repeated = _compare(again, option.name, workload)
             confirmed = _is_worth(found) and _is_worth(repeated)
             found = min(found, repeated, key=lambda comparison: comparison.ratio)
         if confirmed:

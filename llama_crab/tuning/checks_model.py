@@ -101,8 +101,8 @@ def kernels(subject: Subject) -> Finding | None:
             name,
             "advice",
             "prompts and parallel requests are slow; one answer alone is not",
-            f"{model.path.name} is {kind}: of {_levels(features)}, ggml-cpu has no kernel that "
-            f"multiplies {kind} with several tokens at once (repack, sgemm, tiled, amx)",
+            f"{model.path.name} is {kind}; for {_levels(features)}, ggml-cpu has no kernel that "
+            f"multiplies {kind} with several tokens at once (its repack, sgemm, tiled or amx part)",
             "use a Q4_0, Q4_K_M or Q8_0 file of this model",
         )
     if subject.given.use_extra_bufts is False and kind in ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 from .. import _core, logs
@@ -72,7 +73,8 @@ def diagnose(
         found[stored.name] = stored
     if not quick and _can_measure(subject, found):
         # What was measured counts for more than the rule of the same name.
-        found.update((finding.name, finding) for finding in _measure(subject, progress))
+        sane = _without_surplus_threads(subject, found)
+        found.update((finding.name, finding) for finding in _measure(sane, progress))
     ranked = sorted(found.values(), key=lambda finding: SEVERITIES.index(finding.severity))
     return Diagnosis(tuple(ranked))
 
@@ -84,6 +86,13 @@ def _can_measure(subject: Subject, found: dict[str, Finding]) -> bool:
     if refused and not subject.build.gpu_names:
         return False
     return found.get("memory", Finding("memory", "ok")).severity != "problem"
+
+
+def _without_surplus_threads(subject: Subject, found: dict[str, Finding]) -> Subject:
+    """Return the subject to measure: with too many threads a token can take seconds."""
+    if found["threads"].severity != "problem":
+        return subject
+    return replace(subject, given=subject.given.replace(n_threads=None, n_threads_batch=None))
 
 
 def _measure(subject: Subject, progress: Callable[[str], object]) -> list[Finding]:
