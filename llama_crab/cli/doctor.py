@@ -64,7 +64,7 @@ def _lines(diagnosis: Diagnosis, verbose: bool) -> list[str]:
         lines += [f"ok       {finding.name}: {finding.evidence}" for finding in diagnosis.passed]
         lines.append("")
     counts = (
-        f"{len(diagnosis.findings)} checks",
+        _count(len(diagnosis.findings), "check", "checks"),
         _count(len(diagnosis.problems), "problem", "problems"),
         _count(len(diagnosis.advice), "piece of advice", "pieces of advice"),
     )

@@ -6,9 +6,11 @@ second time before it counts.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ..errors import LlamaCrabError
 from .bed import Bed
 from .finding import Finding, passed
 from .samples import Comparison, Samples, compare
@@ -104,7 +106,13 @@ def measured(
         races = {"": _Race(bed)}
         try:
             for option in options:
-                races[option.name] = _Race(Bed(plain.replace(**option.changes), weights_of=bed))
+                # An alternative that needs more memory than there is is none.
+                with contextlib.suppress(LlamaCrabError):
+                    other = Bed(plain.replace(**option.changes), weights_of=bed)
+                    races[option.name] = _Race(other)
+            options = [option for option in options if option.name in races]
+            if not options:
+                return []
             size = _size(races, n_ctx)
             if size is None:
                 return []
