@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .checks_machine import gib
+from .checks_model import multiplies_by_row
 from .finding import Finding, passed
 from .subject import Subject
 
@@ -106,7 +107,8 @@ def micro_batch(subject: Subject) -> Finding | None:
     name, given = "micro-batch", subject.given
     sizes = {field: getattr(given, field) for field in ("n_ubatch", "n_batch")}
     small = {field: size for field, size in sizes.items() if size and size < _FEW_TOKENS}
-    if not small:
+    # Without batched kernels a prompt costs the same in any pieces: measured on Q4_1.
+    if not small or multiplies_by_row(subject):
         return passed(name, f"n_ubatch {given.n_ubatch or 'as llama.cpp has it'}")
     field, size = next(iter(small.items()))
     return Finding(
@@ -118,9 +120,9 @@ def micro_batch(subject: Subject) -> Finding | None:
     )
 
 
-def cache_type(subject: Subject) -> Finding | None:
+def cache_size(subject: Subject) -> Finding | None:
     """Whether a quantised K cache stands beside a V cache that cannot be quantised."""
-    name, given = "cache-type", subject.given
+    name, given = "cache-size", subject.given
     if given.type_k in _QUANTISED and given.flash_attn_type == "disabled":
         return Finding(
             name,

@@ -83,9 +83,9 @@ def storage(subject: Subject, *, measure: bool = True) -> Finding | None:
     return passed(name, where)
 
 
-def kernels(subject: Subject) -> Finding | None:
-    """Whether ggml-cpu multiplies this quantisation only row by row."""
-    name, model, features = "kernels", subject.model, subject.build.features
+def multiplies_by_row(subject: Subject) -> bool | None:
+    """Return whether ggml-cpu has no batched kernel for the weights; None where not known."""
+    model, features = subject.model, subject.build.features
     # BLAS turns any type into floats for large batches.
     if model is None or not model.tensor_type or not subject.on_cpu or subject.build.has_blas:
         return None
@@ -95,8 +95,17 @@ def kernels(subject: Subject) -> Finding | None:
         slow = _ARM_SLOW - (_ARM_I8MM if "MATMUL_INT8" in features else set())
     else:
         return None  # `instruction_set` has the word
+    return model.tensor_type in slow
+
+
+def kernels(subject: Subject) -> Finding | None:
+    """Whether ggml-cpu multiplies this quantisation only row by row."""
+    name, model, features = "kernels", subject.model, subject.build.features
+    by_row = multiplies_by_row(subject)
+    if model is None or by_row is None:
+        return None
     kind = model.tensor_type
-    if kind in slow:
+    if by_row:
         return Finding(
             name,
             "advice",

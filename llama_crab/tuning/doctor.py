@@ -27,7 +27,7 @@ _RULES: tuple[Callable[[Subject], Finding | None], ...] = (
     checks_model.kernels,
     checks_config.context_length,
     checks_config.micro_batch,
-    checks_config.cache_type,
+    checks_config.cache_size,
     checks_config.sampler,
 )
 

@@ -387,9 +387,10 @@ def test_a_context_longer_than_trained(check: Any) -> None:
 def test_small_batches_caches_and_greedy_chains(check: Any) -> None:
     assert check(n_ubatch=8)["micro-batch"].severity == "advice"
     assert check(n_ubatch=128)["micro-batch"].severity == "ok"
+    assert check(facts=model(ftype="Q4_1"), n_ubatch=8)["micro-batch"].severity == "ok"
     off = {"type_k": "q8_0", "flash_attn_type": "disabled"}
-    assert check(**off)["cache-type"].severity == "advice"
-    assert check(type_k="q8_0", type_v="q8_0")["cache-type"].severity == "ok"
+    assert check(**off)["cache-size"].severity == "advice"
+    assert check(type_k="q8_0", type_v="q8_0")["cache-size"].severity == "ok"
     greedy = SamplerChain().top_k(40).temp(0.0)
     assert check(facts=model(), sampler=greedy)["sampler"].severity == "advice"
     base = model(has_chat_template=False)
