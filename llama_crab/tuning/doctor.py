@@ -101,8 +101,9 @@ def _measure(subject: Subject, progress: Callable[[str], object]) -> list[Findin
     try:
         return measured(subject, alternatives(subject), progress)
     except LlamaCrabError as error:
+        said = "; ".join(str(error).splitlines())
         fix = "change what the message names"
-        return [Finding("load", "problem", "this configuration does not load", str(error), fix)]
+        return [Finding("load", "problem", "this configuration does not load", said, fix)]
 
 
 def _look_at(given: LlamaParams) -> tuple[ModelFacts, LlamaParams]:
