@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import LlamaCrabError
-from . import batch, bench, chat, info, run
+from . import batch, bench, chat, doctor, info, run
 from .error_line import one_line
 
 EXIT_ERROR = 1
@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status.
 
     0 success, 1 an error in one line on stderr, 2 wrong usage, 3 some lines of a batch or rows of
-    a benchmark have errors,
-    130 interrupted by Ctrl-C, 141 the reader of stdout went away.
+    a benchmark have errors, 4 the doctor found problems, 130 interrupted by Ctrl-C, 141 the reader
+    of stdout went away.
     """
     try:
         args = _parser().parse_args(argv)
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"llama-crab {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (run, chat, batch, info, bench):
+    for module in (run, chat, batch, info, bench, doctor):
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(module.NAME, help=summary, description=summary)
         module.add_arguments(command)

@@ -17,14 +17,18 @@ _FIELDS = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Declare the options; return the group of those about the context, for a command's own."""
-    parser.add_argument(
-        "-m", "--model", help="a GGUF file or owner/name[:quant] (default: a small demo model)"
-    )
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="show llama.cpp's messages on stderr"
-    )
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    model: str = "a GGUF file or owner/name[:quant] (default: a small demo model)",
+    verbose: str = "show llama.cpp's messages on stderr",
+) -> argparse._ArgumentGroup:
+    """Declare the options; return the group of those about the context, for a command's own.
+
+    ``model`` and ``verbose`` are the help where a command means something else by them.
+    """
+    parser.add_argument("-m", "--model", help=model)
+    parser.add_argument("-v", "--verbose", action="store_true", help=verbose)
     group = parser.add_argument_group("loading")
     group.add_argument("-c", "--n-ctx", type=int, help="context in tokens (0: as trained)")
     group.add_argument("-t", "--n-threads", type=int, help="default: the performance cores")

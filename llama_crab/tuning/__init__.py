@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .bench_compare import compare_reports
     from .bench_report import BenchReport, BenchRow
     from .bench_run import bench
+    from .doctor import examine
+    from .finding import Diagnosis, Finding
     from .samples import Comparison, Samples, compare
 
 # Every `Llama` asks for the threads; what measures is for those who measure.
@@ -25,8 +27,11 @@ _LATER = {
     "bench": "bench_run",
     "compare_reports": "bench_compare",
     "Comparison": "samples",
+    "Diagnosis": "finding",
+    "Finding": "finding",
     "Samples": "samples",
     "compare": "samples",
+    "examine": "doctor",
 }
 
 
@@ -47,6 +52,8 @@ __all__ = [
     "BenchReport",
     "BenchRow",
     "Comparison",
+    "Diagnosis",
+    "Finding",
     "Samples",
     "ThreadChoice",
     "available_memory",
@@ -54,6 +61,7 @@ __all__ = [
     "compare",
     "compare_reports",
     "default_n_threads",
+    "examine",
     "physical_cores",
     "thread_choice",
     "total_memory",

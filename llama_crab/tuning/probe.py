@@ -72,6 +72,13 @@ def thread_choice(
     return ThreadChoice(max(1, n_threads), why)
 
 
+def usable_cores(
+    *, root: str | os.PathLike[str] = "/", affinity: Collection[int] | None = None
+) -> int:
+    """Return the physical cores of every kind that the affinity mask allows; at least 1."""
+    return max(1, _cores(Path(root), affinity).allowed)
+
+
 def physical_cores(*, root: str | os.PathLike[str] = "/") -> int:
     """Return the number of physical cores that are online, of every kind; at least 1."""
     base = Path(root)
@@ -103,7 +110,7 @@ def total_memory(*, root: str | os.PathLike[str] = "/") -> int:
         return min([_meminfo(base).get("MemTotal", 0), *limits])
     if sys.platform == "win32":
         return _windows_memory()[0]
-    return _sysctl("hw.memsize") or 0
+    return sysctl("hw.memsize") or 0
 
 
 def available_memory(*, root: str | os.PathLike[str] = "/") -> int:
@@ -125,8 +132,8 @@ def _cores(base: Path, affinity: Collection[int] | None) -> _Cores:
     if _is_linux(base):
         return _linux_cores(base, affinity)
     if sys.platform == "darwin":
-        count = _sysctl("hw.physicalcpu") or os.cpu_count() or 1
-        return _Cores(count, _sysctl("hw.perflevel0.physicalcpu") or count)
+        count = sysctl("hw.physicalcpu") or os.cpu_count() or 1
+        return _Cores(count, sysctl("hw.perflevel0.physicalcpu") or count)
     if sys.platform == "win32":
         return _windows_cores()
     count = os.cpu_count() or 1
@@ -283,7 +290,8 @@ def _read_int(path: Path) -> int | None:
 # macOS
 
 
-def _sysctl(name: str) -> int | None:
+def sysctl(name: str) -> int | None:
+    """Return a number that macOS names so, or None."""
     if sys.platform != "darwin":
         return None
     import ctypes
