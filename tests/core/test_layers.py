@@ -30,7 +30,7 @@ LAYERS: dict[str, int] = {
     ),
     **dict.fromkeys(("llama", "async_llama", "chat_methods", "completion_methods"), 4),
     **dict.fromkeys(("vector_methods", "tuning", "compat", "telemetry"), 4),
-    **dict.fromkeys(("cli",), 5),
+    **dict.fromkeys(("cli", "pytest_plugin"), 5),
 }
 # They gather and start; every layer is below them.
 TOP = {"__init__", "__main__"}
