@@ -1,7 +1,6 @@
 """A latency budget as a test; needs the extra `bench`: pytest examples/latency_budget
 
-LLAMA_MODEL names a GGUF file, else the small demo model is used. Choose budgets that your users
-need, for the machine that runs the tests, with some room for noise.
+LLAMA_MODEL names a GGUF file, else the demo model is used. Choose budgets for your machine.
 """
 
 import os

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -196,3 +196,9 @@ def test_a_snapshot_is_immutable_and_plain_as_a_dict(llama: Llama) -> None:
 def test_a_model_that_embeds_has_none(tiny_embedder_path: Path) -> None:
     with Llama(tiny_embedder_path) as llama, pytest.raises(ParameterError, match="embed"):
         _ = llama.perf
+
+
+def test_the_page_runs(run_page: Callable[..., list[str]], tiny_path: Path) -> None:
+    lines = run_page("measuring-requests.md", 3, '"model.gguf"', repr(str(tiny_path)))
+    assert lines[2].startswith("requests       1 (")
+    assert " tokens/s, p99 " in lines[-1]
