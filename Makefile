@@ -11,7 +11,7 @@ PROMPT ?= The capital of France is
 PYTEST_ARGS ?=
 # What programs of the package run under; see asan.
 UNDER ?=
-SOURCES := $(shell find llama_crab build_tools setup.py pyproject.toml third_party/fetch.py \
+SOURCES := $(shell find llama_crab build_tools setup.py pyproject.toml pytest_llama_crab.py third_party/fetch.py \
 	third_party/llama_cpp.toml third_party/licenses -type f -not -name '*.py[co]' -not -name '*.so')
 
 demo: build            ## complete a prompt on the small demo model, streaming, with timings

@@ -33,6 +33,7 @@ from .completion import (
 from .errors import LlamaCrabError
 from .llama import Llama
 from .params import LlamaParams, ParameterError
+from .perf import Latencies, Measurement, Perf
 from .sampling import SamplerChain
 from .stream import CompletionStream
 from .timings import CompletionTimings
@@ -85,11 +86,14 @@ __all__ = [
     "CompletionHandle",
     "CompletionStream",
     "CompletionTimings",
+    "Latencies",
     "Llama",
     "LlamaCrabError",
     "LlamaParams",
     "Logprobs",
+    "Measurement",
     "ParameterError",
+    "Perf",
     "SamplerChain",
     "Session",
     "TokenLogprob",

@@ -10,6 +10,7 @@
 #     ├─────── ChatTemplates         parsed chat templates; a share of the model
 #     ├─────── Sampler               one llama_sampler; a chain owns its stages
 #     └─────── FusedSampler          our executor of a sampler chain; a share of the model
+#   StepCounters, LatencyHistogram   what a Stepper has counted; stand alone, also after its end
 #   Batch                            one llama_batch; stands alone
 #   TokenizedTexts                   token ids of many texts; stands alone
 #   ChatPrompt ─── ChatParser        a rendered conversation, and the parser of its answer; no model
@@ -18,7 +19,7 @@
 # the collector breaks a cycle, can free a model before its context.
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libcpp.memory cimport unique_ptr
+from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
@@ -145,9 +146,18 @@ cdef class SuspendedSlot:
     cdef object _sampler                # strong: the slot borrows it
 
 
+cdef class LatencyHistogram:
+    cdef shared_ptr[nat.CLatencyHistogram] _c_histogram
+
+
+cdef class StepCounters:
+    cdef shared_ptr[nat.CStepCounters] _c_counters
+
+
 cdef class Stepper:
     cdef nat.CStepper *_c_stepper       # owned; holds a share of the context
     cdef Context _context               # strong
+    cdef StepCounters _counters
     cdef list _samplers                 # strong: one Sampler or FusedSampler per slot, or None
     cdef RowScratch _scratch            # rows under a logits processor; replaced if a view was kept
     cdef bint _pause                    # another thread wants its turn

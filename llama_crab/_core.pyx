@@ -24,6 +24,7 @@ from cpython.number cimport PyNumber_Index  # no-cython-lint
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t  # no-cython-lint
 from libc.string cimport memcpy  # no-cython-lint
 from libcpp cimport bool as cbool  # no-cython-lint
+from libcpp.memory cimport shared_ptr  # no-cython-lint
 from libcpp.string cimport string  # no-cython-lint
 from libcpp.utility cimport move  # no-cython-lint
 from libcpp.vector cimport vector  # no-cython-lint
@@ -57,6 +58,7 @@ include "handles/sampler.pxi"    # Sampler
 include "handles/fused.pxi"      # FusedSampler
 include "handles/row_scratch.pxi"  # RowScratch: rows under a logits processor
 include "handles/slot_memory.pxi"  # SuspendedSlot; bodies of Stepper.suspend, save, ...
+include "handles/step_counters.pxi"  # LatencyHistogram, StepCounters
 include "handles/stepper.pxi"    # Stepper: one engine step without the GIL
 include "handles/embedder.pxi"   # Embedder: packed batches of texts to rows of floats
 include "handles/chat.pxi"       # ChatTemplates, ChatPrompt, ChatParser

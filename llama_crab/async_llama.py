@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .chat import ChatCompletion
     from .completion import Completion
     from .mapping import AsyncCompletionMap
+    from .perf import Measurement, Perf
     from .rerank import RerankResult
     from .session import Session
     from .tool_loop import ToolRun
@@ -169,6 +170,19 @@ class AsyncLlama:
     def stats(self) -> Mapping[str, Any]:
         """Return counts of the engine; see `Llama.stats`."""
         return self._llama.stats()
+
+    @property
+    def perf(self) -> Perf:
+        """Counts, seconds and latencies over all requests; see `Llama.perf`."""
+        return self._llama.perf
+
+    def reset_perf(self) -> None:
+        """Let `perf` count from here on; see `Llama.reset_perf`."""
+        self._llama.reset_perf()
+
+    def measure(self) -> Measurement:
+        """Measure a block, with a plain ``with`` around what is awaited; see `Llama.measure`."""
+        return self._llama.measure()
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Refuse new requests and wait for those that are there; see `Llama.drain`."""

@@ -105,7 +105,7 @@ class CompletionHandle(CompletionStream, AsyncIterator[CompletionChunk]):
         ended = request.end_us and request.error is None
         if ended and not request.stream and not request.news and not self._n_ended:
             # It was not streamed: each answer is one chunk.
-            request.news.extend(final_news(s, s.text) for s in self._chosen())
+            request.news.extend(final_news(s, s.text) for s in request.chosen())
         return super()._has_chunk()
 
     def _skip(self) -> None:

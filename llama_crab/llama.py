@@ -17,6 +17,7 @@ from .errors import BackendUnavailableError
 from .lora import LoraSets
 from .model_identity import state_key
 from .params import LlamaParams, ParameterError
+from .perf import Measurement, Perf, PerfMeter
 from .request_builder import RequestBuilder
 from .vector_methods import VectorMethods, cannot_generate
 
@@ -68,6 +69,7 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
                 store = self._snapshots()
                 scheduler = Scheduler(self._context, store, self.params.max_itl_ms)
                 self._engine = Engine(scheduler)
+                self._meter = PerfMeter(scheduler.stepper.counters, scheduler.tally)
                 self._lora = LoraSets(self._model, self._engine)
                 self._builder = RequestBuilder(self._vocab, self.params, self.n_ctx, self._lora)
                 self._chats = ChatRequests(self._model, self._vocab, self.params, self._builder)
@@ -100,6 +102,29 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
         cache, and bytes and entries of the prefix cache outside of it.
         """
         return self._engine.stats()
+
+    @property
+    def perf(self) -> Perf:
+        """Counts, seconds and latencies over all requests since the load or `reset_perf`.
+
+        Reading it waits for nothing, and works after `close`, too. llama.cpp's own counters are at
+        ``llama.context``. Raises `ParameterError` for a model that embeds.
+        """
+        self._require_text()
+        return self._meter.perf
+
+    def reset_perf(self) -> None:
+        """Let `perf` count from here on; measurements are not touched."""
+        self._require_text()
+        self._meter.reset()
+
+    def measure(self) -> Measurement:
+        """Measure a block: ``with llama.measure() as m: ...``, then ``m.perf``.
+
+        All requests of this model count with what they do in the block, whoever asked for them.
+        """
+        self._require_text()
+        return Measurement(self._meter)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Refuse new requests and wait for those that are there; return whether all have ended.

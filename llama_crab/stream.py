@@ -12,13 +12,10 @@ from .completion import (
     Logprobs,
     TextOffsets,
     TokenLogprob,
-    Usage,
 )
 from .engine import Engine, Request, Scheduler
 from .engine.request import RawLogprobs, token_logprobs
-from .engine.request import Sequence as Answer
 from .errors import LlamaCrabError
-from .timings import CompletionTimings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,10 +51,14 @@ class CompletionStream(Iterator[CompletionChunk]):
         self._created = int(time.time())
         self._n_ended = 0
         self._offsets: dict[int, TextOffsets] = {}
+        if engine.on_submit is not None:
+            engine.on_submit(request)
         try:
             engine.submit(request)
-        except LlamaCrabError:
+        except LlamaCrabError as error:
+            request.error = error
             request.end_us = _core.time_us()  # it will not begin: a session of it is free again
+            request.tell_done()
             raise
 
     @property
@@ -73,7 +74,7 @@ class CompletionStream(Iterator[CompletionChunk]):
     @property
     def indexes(self) -> list[int]:
         """The `index` that the chunks of each of the result's choices have."""
-        return [sequence.index for sequence in self._chosen()]
+        return [sequence.index for sequence in self._request.chosen()]
 
     def __iter__(self) -> CompletionStream:
         return self
@@ -128,14 +129,6 @@ class CompletionStream(Iterator[CompletionChunk]):
             pass
         return self._completion()
 
-    def _chosen(self) -> list[Answer]:
-        """Return the `n` answers that were asked for, the best of `best_of`."""
-        request = self._request
-        if request.best_of == request.n:
-            return request.sequences
-        ranked = sorted(request.sequences, key=lambda sequence: -sequence.mean_logprob)
-        return ranked[: request.n]
-
     def _completion(self) -> Completion:
         request = self._request
         if request.error is not None:
@@ -150,10 +143,10 @@ class CompletionStream(Iterator[CompletionChunk]):
                     self._echo,
                     self._logprobs(sequence.tokens, sequence.logprobs),
                 )
-                for i, sequence in enumerate(self._chosen())
+                for i, sequence in enumerate(request.chosen())
             ),
-            usage=self._usage(),
-            timings=self._timings(),
+            usage=request.usage(),
+            timings=request.timings(self._load_sec),
             seed=request.seed,
         )
 
@@ -195,8 +188,8 @@ class CompletionStream(Iterator[CompletionChunk]):
             finish_reason=news.sequence.finish_reason if news.last else None,
             stop_reason=news.sequence.stop_reason if news.last else None,
             logprobs=logprobs,
-            usage=self._usage() if whole else None,
-            timings=self._timings() if whole else None,
+            usage=request.usage() if whole else None,
+            timings=request.timings(self._load_sec) if whole else None,
             id=request.id,
             created=self._created,
             model=self._model,
@@ -234,32 +227,3 @@ class CompletionStream(Iterator[CompletionChunk]):
 
     def _piece(self, token: int) -> bytes:
         return self._vocab.piece(token, True)
-
-    def _usage(self) -> Usage:
-        request = self._request
-        n_generated = sum(len(sequence.tokens) for sequence in request.sequences)
-        return Usage(
-            prompt_tokens=len(request.prompt),
-            completion_tokens=n_generated,
-            total_tokens=len(request.prompt) + n_generated,
-            cached_tokens=request.sequences[0].n_cached,
-        )
-
-    def _timings(self) -> CompletionTimings:
-        request = self._request
-        ran = [sequence for sequence in request.sequences if sequence.times[0]]
-        firsts = [sequence.times[1] for sequence in ran if sequence.times[1]]
-        first_us = min(firsts, default=0)
-        last_us = max((sequence.times[2] for sequence in ran), default=0)
-        start_us = min((sequence.times[0] for sequence in ran), default=0)
-        return CompletionTimings(
-            prompt_n=len(request.prompt),
-            prompt_sec=((first_us or request.end_us) - start_us) / 1e6 if start_us else 0.0,
-            predicted_n=sum(len(sequence.tokens) for sequence in request.sequences),
-            predicted_sec=(last_us - first_us) / 1e6,
-            total_sec=(request.end_us - request.submit_us) / 1e6,
-            cached_n=request.sequences[0].n_cached,
-            first_token_sec=(first_us - request.submit_us) / 1e6 if first_us else 0.0,
-            sample_sec=sum(sequence.times[3] for sequence in ran) / 1e6,
-            load_sec=self._load_sec,
-        )

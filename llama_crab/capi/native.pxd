@@ -226,6 +226,7 @@ cdef extern from "native/slot.h" namespace "llama_crab" nogil:
         int32_t n_shared
         int32_t checkpoint
         int64_t rank
+        int64_t submit_us
         int32_t adapters
         int32_t max_tokens
         int32_t min_tokens
@@ -262,6 +263,26 @@ cdef extern from "native/step_budget.h" namespace "llama_crab" nogil:
     cppclass StepBudget:
         int64_t target_us
         double prompt_us()
+
+cdef extern from "native/step_counters.h" namespace "llama_crab" nogil:
+    cppclass CLatencyHistogram "llama_crab::LatencyHistogram":
+        void record(int64_t us)
+        int64_t count(size_t bucket)
+    size_t LATENCY_BUCKETS "llama_crab::LatencyHistogram::n_buckets"
+    shared_ptr[CLatencyHistogram] make_latency_histogram \
+        "std::make_shared<llama_crab::LatencyHistogram>"() except +
+
+    # The counts are atomics that read as plain values.
+    cppclass CStepCounters "llama_crab::StepCounters":
+        int64_t n_steps
+        int64_t n_decoded
+        int64_t n_prefilled
+        int64_t n_generated
+        int64_t decode_us
+        int64_t prefill_us
+        int64_t sample_us
+        shared_ptr[CLatencyHistogram] first_token
+        shared_ptr[CLatencyHistogram] inter_token
 
 cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
     cppclass AdapterSet:
@@ -301,10 +322,7 @@ cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
         int32_t n_slots()
         vector[int32_t] events
         StepBudget budget
-        int64_t n_steps
-        int64_t n_decoded
-        int64_t decode_us
-        int64_t sample_us
+        shared_ptr[CStepCounters] counters
 
 cdef extern from "native/tokenized_texts.h" namespace "llama_crab" nogil:
     ctypedef vector[vector[int32_t]] TokenLists

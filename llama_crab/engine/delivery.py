@@ -8,12 +8,14 @@ from .. import _core
 from ..completion import FinishReason
 from ..errors import SamplerError
 from .request import News, Request, Sequence
+from .tally import Tally
 
 
 class Delivery:
     """Takes news out of slots and ends sequences that are done.
 
-    `told` gathers the requests that have got something and want to hear of it. `leave` is called
+    `told` gathers the requests that have got something and want to hear of it, `tally` counts those
+    that have ended. `leave` is called
     when a sequence has ended, with its slot; `hold` when its reader is behind; `fail` when its
     request has to end.
 
@@ -32,6 +34,7 @@ class Delivery:
         self._hold = hold
         self._fail = fail
         self.told: dict[Request, None] = {}
+        self.tally = Tally()
 
     def collect(self, sequence: Sequence) -> None:
         """Take what is new from the core; end the sequence if it has finished."""
@@ -89,6 +92,8 @@ class Delivery:
         if not request.end_us and all(s.finish_reason is not None for s in request.sequences):
             request.end_us = _core.time_us()
             request.on_end = None
+            self.tally.count(request)
+            request.tell_done()
         self._note(request)
 
     def _take_answer(self, sequence: Sequence, slot: int, *, final: bool = True) -> str:
@@ -101,7 +106,9 @@ class Delivery:
             text += sequence.stream.flush()
         if sequence.stream.stop is not None:
             # The rest spelt the stop string.
-            del sequence.tokens[sequence.stream.n_tokens(0, ends) :]
+            n = sequence.stream.n_tokens(0, ends)
+            self.tally.n_cut += len(sequence.tokens) - n
+            del sequence.tokens[n:]
         sequence.logprobs = stepper.logprobs(slot)[: len(sequence.tokens)]
         sequence.prompt_logprobs = stepper.prompt_logprobs(slot)
         sequence.n_cached = stepper.progress(slot)[1]

@@ -103,6 +103,8 @@ class Engine(Generic[S]):
         self._draining = False
         self._thread: threading.Thread | None = None
         self._work = threading.Event()
+        self.on_submit: Callable[[Any], object] | None = None
+        """Called with each request for text before it is queued, by the thread that submits it."""
 
     @property
     def closed(self) -> bool:

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..completion import CompletionChoice, FinishReason, Logprobs, TokenLogprob
+from ..completion import CompletionChoice, FinishReason, Logprobs, TokenLogprob, Usage
 from ..sampling import SamplerChain
+from ..timings import CompletionTimings
 from .text import TextStream
 
 _ids = itertools.count()
@@ -39,8 +40,9 @@ class Request:
     `deadline_us` is a reading of `time_us` after which it ends with an error; `adapters` is the
     index of its LoRA set; a stream that is `n_news_max` pieces ahead of its reader is held (0:
     never); `listener` is called, by the thread that drives the loop, after it has got news or
-    ended, and `on_end` with each sequence that ends; `output` is how its answers are read,
-    `opening` what a grammar must know of the prompt's end (see `FusedSampler`).
+    ended, `on_end` with each sequence that ends, and `on_done` once when all have; `output` is how
+    its answers are read, `opening` what a grammar must know of the prompt's end (see
+    `FusedSampler`).
     """
 
     prompt: list[int]
@@ -67,6 +69,7 @@ class Request:
     n_news_max: int = 0
     listener: Callable[[], object] | None = None
     on_end: Callable[[Sequence], object] | None = None
+    on_done: Callable[[Request], object] | None = None
     output: StructuredOutput | None = None
     opening: tuple[str, str, list[str]] | None = None
     id: str = field(default_factory=lambda: f"cmpl-{next(_ids)}-{os.urandom(6).hex()}")
@@ -100,6 +103,47 @@ class Request:
         if self.logprobs is not None:
             return self.logprobs
         return 0 if self.best_of > self.n else -1
+
+    def chosen(self) -> list[Sequence]:
+        """Return the `n` answers that were asked for, the best of `best_of`."""
+        if self.best_of == self.n:
+            return self.sequences
+        return sorted(self.sequences, key=lambda sequence: -sequence.mean_logprob)[: self.n]
+
+    def usage(self) -> Usage:
+        """Return the counts of tokens, over all answers."""
+        n_generated = sum(len(sequence.tokens) for sequence in self.sequences)
+        return Usage(
+            prompt_tokens=len(self.prompt),
+            completion_tokens=n_generated,
+            total_tokens=len(self.prompt) + n_generated,
+            cached_tokens=self.sequences[0].n_cached,
+        )
+
+    def timings(self, load_sec: float = 0.0) -> CompletionTimings:
+        """Return how long it took, once it is done."""
+        ran = [sequence for sequence in self.sequences if sequence.times[0]]
+        firsts = [sequence.times[1] for sequence in ran if sequence.times[1]]
+        first_us = min(firsts, default=0)
+        last_us = max((sequence.times[2] for sequence in ran), default=0)
+        start_us = min((sequence.times[0] for sequence in ran), default=0)
+        return CompletionTimings(
+            prompt_n=len(self.prompt),
+            prompt_sec=((first_us or self.end_us) - start_us) / 1e6 if start_us else 0.0,
+            predicted_n=sum(len(sequence.tokens) for sequence in self.sequences),
+            predicted_sec=(last_us - first_us) / 1e6,
+            total_sec=(self.end_us - self.submit_us) / 1e6,
+            cached_n=self.sequences[0].n_cached,
+            first_token_sec=(first_us - self.submit_us) / 1e6 if first_us else 0.0,
+            sample_sec=sum(sequence.times[3] for sequence in ran) / 1e6,
+            load_sec=load_sec,
+        )
+
+    def tell_done(self) -> None:
+        """Call `on_done`, which must not raise, once."""
+        told, self.on_done = self.on_done, None
+        if told is not None:
+            told(self)
 
 
 @dataclass(slots=True)

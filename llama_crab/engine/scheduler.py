@@ -12,8 +12,8 @@ from ..errors import (
     DecodeError,
     KVCacheFullError,
     LlamaCrabError,
-    RequestTimeoutError,
 )
+from .deadlines import Deadlines
 from .delivery import Delivery
 from .prefix_cache import Placement, PrefixCache
 from .request import RawLogprobs, Request, Sequence
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from .processors import Processors
     from .snapshots import SnapshotStore
+    from .tally import Tally
 
 # Cells that a sequence must find beside its own for each one that runs already: else it would be
 # admitted only to be suspended again.
@@ -80,7 +81,7 @@ class Scheduler:
         self._no_cells_for: tuple[Sequence, int] | None = None
         self._n_changes = 0
         self._delivery = Delivery(self.stepper, self._leave, self._hold, self._fail)
-        self._deadlines: dict[Request, None] = {}
+        self._deadlines = Deadlines(self._fail)
         self._interrupted = False
         self._processors: Processors | None = None  # made when a request has some
 
@@ -104,6 +105,11 @@ class Scheduler:
         """Requests with a listener that have got news or ended; the engine calls and clears it."""
         return self._delivery.told
 
+    @property
+    def tally(self) -> Tally:
+        """Counts of the requests that have ended."""
+        return self._delivery.tally
+
     def stats(self) -> Mapping[str, Any]:
         """Return counts of the queue, the steps and the prefix cache."""
         return {
@@ -122,8 +128,7 @@ class Scheduler:
         request.submit_us = request.submit_us or _core.time_us()
         for sequence in request.sequences:
             self._waiting.push(sequence)
-        if request.deadline_us:
-            self._deadlines[request] = None
+        self._deadlines.watch(request)
 
     def cancel(self, request: Request) -> None:
         """End a request now; what it has generated stays. Does nothing when it is done."""
@@ -137,7 +142,7 @@ class Scheduler:
                 self._swap.drop(sequence)
             self._parked.pop(sequence, None)
         self._waiting.remove_request(request)
-        self._deadlines.pop(request, None)
+        self._deadlines.forget(request)
         self._delivery.end(request)
 
     def cancel_all(self) -> None:
@@ -207,7 +212,7 @@ class Scheduler:
         if self._interrupted:
             self._recover()
         self._interrupted = True
-        until_us = self._expire() if self._deadlines else 0
+        until_us = self._deadlines.expire()
         if self._waiting:
             self._admit()
         before = self.stepper.n_steps
@@ -254,19 +259,6 @@ class Scheduler:
 
     def _idle(self) -> list[int]:
         return [slot for slot in range(self.stepper.n_slots) if slot not in self._running]
-
-    def _expire(self) -> int:
-        """End requests whose time is over; return the next deadline, 0 for none."""
-        now, first = _core.time_us(), 0
-        for request in list(self._deadlines):
-            if request.done:
-                del self._deadlines[request]
-            elif request.deadline_us <= now:
-                seconds = (request.deadline_us - request.submit_us) / 1e6
-                self._fail(request, RequestTimeoutError(f"not done within {seconds:g} s"))
-            else:
-                first = min(first or request.deadline_us, request.deadline_us)
-        return first
 
     def _recover(self) -> None:
         """Finish what a signal has cut short: it came between the core's work and ours."""
@@ -385,6 +377,8 @@ class Scheduler:
             checkpoint=checkpoint,
             rank=request.rank,
             adapters=request.adapters,
+            # One first token per request, whose answers get theirs from the same row.
+            submit_us=0 if sequence.index else request.submit_us,
             max_tokens=-1 if request.max_tokens is None else request.max_tokens,
             min_tokens=request.min_tokens,
             stop_tokens=request.stop_tokens,

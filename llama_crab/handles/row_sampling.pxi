@@ -108,3 +108,13 @@ def use_row_kernels(name):
     """
     if not nat.use_kernels(name.encode()):
         raise ValueError(f"no kernels named {name!r} run here")
+
+
+cdef nat.RowSampler *_row_sampler(object sampler) except NULL:
+    if isinstance(sampler, FusedSampler):
+        return (<FusedSampler> sampler)._require_open()
+    cdef Sampler chain = sampler
+    chain._require_open()
+    if chain._stages is None:
+        raise errors.SamplerError("a slot needs a chain, not a single sampler")
+    return &chain._c_chain

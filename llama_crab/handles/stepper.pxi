@@ -2,16 +2,6 @@ cdef tuple _FINISH_NAMES = (
     None, "eog", "stop_token", "length", "context_full", "error", "cancelled")
 
 
-cdef nat.RowSampler *_row_sampler(object sampler) except NULL:
-    if isinstance(sampler, FusedSampler):
-        return (<FusedSampler> sampler)._require_open()
-    cdef Sampler chain = sampler
-    chain._require_open()
-    if chain._stages is None:
-        raise errors.SamplerError("a slot needs a chain, not a single sampler")
-    return &chain._c_chain
-
-
 @cython.final
 cdef class Stepper:
     """The engine's step over a `Context`: plan, decode, sample and detokenise without the GIL.
@@ -27,6 +17,8 @@ cdef class Stepper:
         if lib.llama_get_memory(context._c_ctx.get().ctx) == NULL:
             raise errors.ContextCreateError("this model keeps no memory: it cannot generate")
         self._c_stepper = new nat.CStepper(context._c_ctx)
+        self._counters = StepCounters.__new__(StepCounters)
+        self._counters._c_counters = self._c_stepper.counters
         self._context = context
         self._samplers = [None] * context._n_seq_max
 
@@ -63,24 +55,30 @@ cdef class Stepper:
         return self._require_open().n_slots()
 
     @property
+    def counters(self):
+        """What it has done so far, as `StepCounters` that can be read after `close`, too."""
+        self._require_open()
+        return self._counters
+
+    @property
     def n_steps(self):
         """Batches decoded so far."""
-        return self._require_open().n_steps
+        return self._require_open().counters.get().n_steps
 
     @property
     def n_decoded(self):
         """Tokens decoded so far, prompts included."""
-        return self._require_open().n_decoded
+        return self._require_open().counters.get().n_decoded
 
     @property
     def decode_us(self):
         """Microseconds spent in llama.cpp's decode so far, until its output was there."""
-        return self._require_open().decode_us
+        return self._require_open().counters.get().decode_us
 
     @property
     def sample_us(self):
         """Microseconds spent on output rows so far: log-probabilities, sampling, detokenising."""
-        return self._require_open().sample_us
+        return self._require_open().counters.get().sample_us
 
     @property
     def can_cut(self):
@@ -145,7 +143,7 @@ cdef class Stepper:
                int32_t max_tokens, int32_t min_tokens, stop_tokens, int32_t n_logprobs,
                bint prompt_logprobs, bint ignore_eos, bint special, bint emit,
                bint processed=False, int32_t source=-1, int32_t n_shared=-1,
-               int32_t checkpoint=-1, int64_t rank=0, int32_t adapters=0):
+               int32_t checkpoint=-1, int64_t rank=0, int32_t adapters=0, int64_t submit_us=0):
         """Give slot `i` a request; return how many prompt tokens are in memory.
 
         The first `n_keep` tokens are those that slot `source` has (-1: slot `i` itself). `leader`
@@ -155,7 +153,7 @@ cdef class Stepper:
         at which prefill pauses once and `step` returns; of several prompts the one with the
         smallest `rank` goes first; `adapters` is the index of a LoRA set; `max_tokens` < 0 goes on
         until the context is full; `n_logprobs` < 0 asks for none; `emit` reports every token
-        instead of the end only.
+        instead of the end only; the time from `submit_us` (0: none) to its first token is counted.
         """
         cdef nat.CStepper *stepper = self._require_open()
         cdef nat.SlotRequest request
@@ -199,6 +197,7 @@ cdef class Stepper:
         request.n_shared = <int32_t> request.prompt.size() if n_shared < 0 else n_shared
         request.checkpoint = checkpoint
         request.rank = rank
+        request.submit_us = submit_us
         request.adapters = adapters
         request.max_tokens = max_tokens
         request.min_tokens = min_tokens
@@ -244,10 +243,11 @@ cdef class Stepper:
         cdef nat.ContextHandle *handle = self._context._enter(True)
         try:
             for i in range(n_steps_max):
-                n_before = stepper.n_steps
+                n_before = stepper.counters.get().n_steps
                 with nogil:
                     stepper.decode(n_tokens_max, status)
-                if status.kind != nat.STATUS_OK or stepper.n_steps == n_before:
+                if (status.kind != nat.STATUS_OK
+                        or stepper.counters.get().n_steps == n_before):
                     break
                 if process is not None:
                     self._process(process)

@@ -35,6 +35,7 @@ struct SlotRequest {
     int32_t                  n_shared       = 0;   // leading prompt tokens it has in common with it
     int32_t                  checkpoint     = -1;  // prompt position at which prefill stops to tell
     int64_t                  rank           = 0;   // of several prompts the smallest goes first
+    int64_t                  submit_us      = 0;   // 0: its first token's time is not counted
     int32_t                  adapters       = 0;   // index of the LoRA set; 0: none
     int32_t                  max_tokens     = -1;  // < 0: until the context is full
     int32_t                  min_tokens     = 0;
@@ -59,6 +60,7 @@ struct CellRun {
 struct Slot {
     bool                       active = false;
     bool                       held   = false;  // left out of batches until its reader catches up
+    bool                       was_held = false;  // since its last token
     Finish                     finish = Finish::none;
     SlotRequest                request;
     std::vector<llama_token>   tokens;

@@ -64,8 +64,9 @@ void Stepper::decode(int32_t n_tokens_max, Status & status) {
         }
         return;
     }
-    ++n_steps;
-    n_decoded += batch_.n_tokens;
+    counters->n_steps.add(1);
+    counters->n_decoded.add(batch_.n_tokens);
+    counters->n_prefilled.add(n_prompt_);
     for (size_t i = 0; i < slots_.size(); ++i) {
         slots_[i].grow(added_[i]);
         if (added_[i] > 0 && slots_[i].n_past == slots_[i].request.checkpoint) {
@@ -78,7 +79,8 @@ void Stepper::decode(int32_t n_tokens_max, Status & status) {
         llama_synchronize(context_->ctx);
     });
     const int64_t us = llama_time_us() - begin_us;
-    decode_us += us;
+    counters->decode_us.add(us);
+    counters->prefill_us.add(us * n_prompt_ / batch_.n_tokens);
     budget.observe(n_decoding_, n_prompt_, us);
 }
 
@@ -137,7 +139,7 @@ void Stepper::sample(Status & status) {
         }
     });
     rows_.clear();
-    sample_us += llama_time_us() - begin_us;
+    counters->sample_us.add(llama_time_us() - begin_us);
 }
 
 void Stepper::start_followers(int32_t leader) {
@@ -259,10 +261,14 @@ void Stepper::append_forced(int32_t i) {
 }
 
 void Stepper::give_token(int32_t i, llama_token token) {
-    Slot & slot  = slots_[(size_t) i];
+    Slot & slot = slots_[(size_t) i];
+    const int64_t before_us = slot.last_us;
     slot.last_us = llama_time_us();
     if (slot.first_us == 0) {
         slot.first_us = slot.last_us;
+        if (slot.request.submit_us != 0) {
+            counters->first_token->record(slot.first_us - slot.request.submit_us);
+        }
     }
     const std::vector<llama_token> & stops = slot.request.stop_tokens;
     const bool is_stop = std::binary_search(stops.begin(), stops.end(), token);
@@ -275,6 +281,11 @@ void Stepper::give_token(int32_t i, llama_token token) {
         return;
     }
     take_token(slot, token);
+    counters->n_generated.add(1);
+    if (before_us != 0 && !slot.was_held) {
+        counters->inter_token->record(slot.last_us - before_us);
+    }
+    slot.was_held = false;
     if (slot.request.max_tokens >= 0 && slot.n_generated() >= slot.request.max_tokens) {
         finish(i, Finish::length);
     } else if ((int32_t) slot.tokens.size() > n_ctx_seq_) {

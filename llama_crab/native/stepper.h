@@ -12,6 +12,7 @@
 #include "logits_row.h"
 #include "slot.h"
 #include "step_budget.h"
+#include "step_counters.h"
 
 namespace llama_crab {
 
@@ -69,8 +70,12 @@ public:
     // Forgets slot `i`'s tokens and removes its sequence from memory.
     void clear(int32_t i);
 
-    // A held slot is left out of batches.
-    void hold(int32_t i, bool held) { slots_[(size_t) i].held = held; }
+    // A held slot is left out of batches. The time to its next token is its reader's.
+    void hold(int32_t i, bool held) {
+        Slot & slot   = slots_[(size_t) i];
+        slot.held     = held;
+        slot.was_held = slot.was_held || held;
+    }
 
     // Puts a LoRA set at `index` (1, 2, ...); no running slot may use the old one.
     void    set_adapters(int32_t index, AdapterSet set);
@@ -99,8 +104,7 @@ public:
 
     std::vector<int32_t> events;
     StepBudget           budget;
-    int64_t              n_steps = 0, n_decoded = 0;
-    int64_t              decode_us = 0, sample_us = 0;  // inside llama.cpp and in choosing tokens
+    const std::shared_ptr<StepCounters> counters = std::make_shared<StepCounters>();
 
 private:
     struct Row {

@@ -25,6 +25,7 @@ def test_wheel_has_every_module_types_and_licences_but_no_source(wheel: Path, ro
     names = set(zipfile.ZipFile(wheel).namelist())
     package = root / "llama_crab"
     modules = {path.relative_to(root).as_posix() for path in package.rglob("*.py")}
+    modules.add("pytest_llama_crab.py")
     assert {name for name in names if name.endswith(".py")} == modules
     assert {"llama_crab/_core.pyi", "llama_crab/py.typed"} <= names
     assert not [name for name in names if re.search(r"\.(pyx|pxd|pxi|c|cpp|h|inc)$", name)]
