@@ -46,30 +46,19 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
         llama._open(params)
         return llama
 
-    def _open(self, params: LlamaParams) -> None:
-        # Not at import time: a program that only looks at names does not pay for them.
-        from .hub import resolve_model
-        from .tuning.probe import default_n_threads
+    @classmethod
+    def _load_on(cls, model: _core.Model, params: LlamaParams) -> Llama:
+        """Return an object on weights that the caller has loaded, and closes after it."""
+        llama = cls.__new__(cls)
+        llama._open(params, model)
+        return llama
 
+    def _open(self, params: LlamaParams, model: _core.Model | None = None) -> None:
         started = time.perf_counter()
-        logs.set_verbose(params.verbose)
-        path = resolve_model(params.model)
+        self._owns_model = model is None
         try:
-            if (params.n_gpu_layers or 0) > 0 and not _core.supports_gpu_offload():
-                raise BackendUnavailableError(
-                    f"n_gpu_layers={params.n_gpu_layers}, but no GPU backend with a device is "
-                    "compiled in (see `llama-crab info`)"
-                )
-            self._model = _core.Model(path, **params.model_params())
-            if not self._model.has_decoder or self._model.has_encoder:
-                raise ParameterError(f"model: {path} is an encoder-decoder model")
-            if params.embeddings is None and cannot_generate(self._model):
-                params = params.replace(embeddings=True)
-            self.params = params.resolve(
-                n_ctx_train=self._model.n_ctx_train,
-                n_threads=default_n_threads(),
-                offloaded=_core.supports_gpu_offload() and params.n_gpu_layers != 0,
-            )
+            self._model = open_model(params) if model is None else model
+            self.params = resolve_params(params, self._model)
             self._context = _core.Context(self._model, **self.params.context_params())
             self._vocab = self._model.vocab
             if self.params.embeddings:
@@ -84,7 +73,8 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
                 self._chats = ChatRequests(self._model, self._vocab, self.params, self._builder)
         finally:
             logs.flush()
-        self._name = path.name
+        path = self._model.path
+        self._name = os.path.basename(path if isinstance(path, str) else path[0])
         self.load_sec = time.perf_counter() - started
         """Seconds that loading the model and creating the context took."""
 
@@ -127,8 +117,9 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
         if not self.params.embeddings:
             self._lora.close()
             self._chats.close()
-        self._vocab.close()
-        self._model.close()
+        if self._owns_model:
+            self._vocab.close()
+            self._model.close()
 
     def __enter__(self) -> Llama:
         return self
@@ -176,3 +167,40 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
         return SnapshotStore(
             self._state_key, params.cache_ram_mib << 20, folder, params.cache_disk_mib << 20
         )
+
+
+def open_model(params: LlamaParams) -> _core.Model:
+    """Load the weights that `params` describes.
+
+    Raises `ModelNotFoundError`, `ModelLoadError`, `BackendUnavailableError`, `ParameterError`.
+    """
+    # Not at import time: a program that only looks at names does not pay for them.
+    from .hub import resolve_model
+
+    logs.set_verbose(params.verbose)
+    path = resolve_model(params.model)
+    try:
+        if (params.n_gpu_layers or 0) > 0 and not _core.supports_gpu_offload():
+            raise BackendUnavailableError(
+                f"n_gpu_layers={params.n_gpu_layers}, but no GPU backend with a device is "
+                "compiled in (see `llama-crab info`)"
+            )
+        model = _core.Model(path, **params.model_params())
+        if not model.has_decoder or model.has_encoder:
+            raise ParameterError(f"model: {path} is an encoder-decoder model")
+        return model
+    finally:
+        logs.flush()
+
+
+def resolve_params(params: LlamaParams, model: _core.Model) -> LlamaParams:
+    """Return `params` with our defaults for this model and machine filled in."""
+    from .tuning.probe import default_n_threads
+
+    if params.embeddings is None and cannot_generate(model):
+        params = params.replace(embeddings=True)
+    return params.resolve(
+        n_ctx_train=model.n_ctx_train,
+        n_threads=default_n_threads(),
+        offloaded=_core.supports_gpu_offload() and params.n_gpu_layers != 0,
+    )

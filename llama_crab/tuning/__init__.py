@@ -1,4 +1,4 @@
-"""What the machine offers and which settings suit it."""
+"""What the machine offers, which settings suit it, and what they measure."""
 
 from .probe import (
     ThreadChoice,
@@ -9,9 +9,39 @@ from .probe import (
     total_memory,
 )
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .bed import Bed
+    from .samples import Comparison, Samples, compare
+
+# Every `Llama` asks for the threads; what measures is for those who measure.
+_LATER = {
+    "Bed": "bed",
+    "Comparison": "samples",
+    "Samples": "samples",
+    "compare": "samples",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_LATER[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
+
 __all__ = [
+    "Bed",
+    "Comparison",
+    "Samples",
     "ThreadChoice",
     "available_memory",
+    "compare",
     "default_n_threads",
     "physical_cores",
     "thread_choice",
