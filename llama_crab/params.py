@@ -63,6 +63,8 @@ class LlamaParams:
     ``max_itl_ms`` bounds the time between two tokens of an answer while prompts are computed
     beside it, None for no bound. What has to leave the KV cache goes to ``cache_ram_mib`` MiB of
     host memory, and from there to ``cache_disk_mib`` MiB of files in ``cache_dir``; 0 for none.
+    ``profile`` takes what is not set from a saved result of `llama_crab.tuning.tune`: "auto", the
+    name of a goal, or a file.
 
     Raises ParameterError, a ValueError that names the field, for values that llama.cpp would
     refuse or abort on. Thread-safety: immutable, share freely.
@@ -122,6 +124,7 @@ class LlamaParams:
     cache_ram_mib: int = 512
     cache_dir: str | os.PathLike[str] | None = None
     cache_disk_mib: int = 0
+    profile: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.model is not None and not isinstance(self.model, (str, os.PathLike)):
@@ -180,9 +183,10 @@ class LlamaParams:
             )
 
     def _check_cache(self) -> None:
-        if self.cache_dir is not None and not isinstance(self.cache_dir, (str, os.PathLike)):
-            kind = type(self.cache_dir).__name__
-            raise ParameterError(f"cache_dir: expected a path, not {kind}")
+        for name in ("cache_dir", "profile"):
+            path = getattr(self, name)
+            if path is not None and not isinstance(path, (str, os.PathLike)):
+                raise ParameterError(f"{name}: expected a path, not {type(path).__name__}")
         for name in ("cache_ram_mib", "cache_disk_mib"):
             if getattr(self, name) is None:
                 raise ParameterError(f"{name}: expected an integer, not None")
@@ -254,7 +258,7 @@ class LlamaParams:
             value = getattr(self, item.name)
             if value == item.default:
                 continue
-            if item.name in ("model", "cache_dir"):
+            if item.name in ("model", "cache_dir", "profile"):
                 value = os.fspath(value)
             elif item.name == "sampler":
                 value = value.to_dict()
@@ -269,6 +273,16 @@ class LlamaParams:
         if isinstance(values.get("sampler"), Mapping):
             values["sampler"] = SamplerChain.from_dict(values["sampler"])
         return cls(**values)
+
+    @classmethod
+    def from_profile(
+        cls, profile: str | os.PathLike[str] = "auto", *, model: Any = None, **fields: Any
+    ) -> LlamaParams:
+        """Build parameters that take what `fields` leaves open from a profile; see ``profile``.
+
+        The file is read when the model is loaded, because it holds for one model and machine.
+        """
+        return cls.from_dict({**fields, "model": model, "profile": profile})
 
     def __repr__(self) -> str:
         shown = (
