@@ -12,14 +12,19 @@ from .probe import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .bed import Bed
+    from .profile import Profile
     from .samples import Comparison, Samples, compare
+    from .tuner import TuneReport, tune
 
 # Every `Llama` asks for the threads; what measures is for those who measure.
 _LATER = {
     "Bed": "bed",
     "Comparison": "samples",
+    "Profile": "profile",
     "Samples": "samples",
+    "TuneReport": "tuner",
     "compare": "samples",
+    "tune": "tuner",
 }
 
 
@@ -38,12 +43,15 @@ def __dir__() -> list[str]:
 __all__ = [
     "Bed",
     "Comparison",
+    "Profile",
     "Samples",
     "ThreadChoice",
+    "TuneReport",
     "available_memory",
     "compare",
     "default_n_threads",
     "physical_cores",
     "thread_choice",
     "total_memory",
+    "tune",
 ]
