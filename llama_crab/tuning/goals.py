@@ -74,10 +74,11 @@ def plan(
     if depth is not None:
         if depth + 64 > n_ctx_train:
             raise ParameterError(f"depth: {depth} does not fit in the {n_ctx_train} tokens trained")
-        if 2 * depth / rates.prefill > budget_sec / 2:
+        fill_sec = 1.3 * depth / rates.prefill
+        if fill_sec > budget_sec / 2:
             raise ParameterError(
-                f"depth: {depth} tokens take {depth / rates.prefill:.0f} s to compute, twice "
-                f"that is more than half of the budget of {budget_sec:g} s"
+                f"depth: {depth} tokens take about {fill_sec:.0f} s to compute, which is more "
+                f"than half of the budget of {budget_sec:g} s"
             )
     if goal == "latency":
         n_gen = _size(rates.generate * part_sec, 4, 64)

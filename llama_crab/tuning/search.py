@@ -203,6 +203,10 @@ class _Search:
             return known
         try:
             step = self._race(lever.name, current, point)
+        except _OutOfTime:
+            # Another lever's value may cost less: a thread count needs no new context.
+            self._result.ended = "budget"
+            return "same"
         except InfeasibleError as error:
             step = Step(lever.name, current, value, "infeasible", note=str(error))
         if step.kept:

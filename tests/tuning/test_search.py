@@ -225,6 +225,21 @@ def test_a_setting_that_does_not_fit_is_passed_over():
     assert (step.verdict, step.note) == ("infeasible", "out of memory")
 
 
+def test_what_is_too_dear_is_left_out_and_the_rest_goes_on():
+    """A lever whose values need long preparation does not end the search for the cheap ones."""
+
+    class Dear(Machine):
+        def setup_sec(self, point):
+            return 0.0 if point["flash_attn_type"] == "auto" else 1000.0
+
+    machine = Dear(lambda point: 1.0 / point["n_threads"], noise=0.001)
+    levers = (LEVERS[3], LEVERS[0])
+    result = run(machine, budget=100.0, levers=levers)
+    assert result.ended == "budget"
+    assert result.best["n_threads"] == 8
+    assert all(point["flash_attn_type"] == "auto" for point in machine.measured)
+
+
 def test_a_start_that_does_not_fit_is_an_error():
     machine = Machine(lambda _: 0.1, infeasible=[("n_threads", 4)])
     with pytest.raises(InfeasibleError):
