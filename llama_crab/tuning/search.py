@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 MAX_ROUNDS = 15
 _FINAL_ROUNDS = (3, 7)
 _MAX_PASSES = 4
+# Who lost by less races once more when all else is done, and for that many rounds at least: first
+# races are short, and know least of the machine's noise.
+_CLOSE = -0.1
+_SECOND_LOOK = 7
 # A candidate that was never measured may well be slower than the best settings.
 _UNSEEN = 1.5
 # Neighbours in a row that may be no different before a walk ends; a clear loss ends it at once.
@@ -145,7 +149,8 @@ class _Search:
         self._costs: dict[Any, list[float]] = {}
         # Only ever replaced by what is faster: who lost once need not race again.
         self._best = start
-        self._lost: dict[Any, str] = {}
+        self._lost: dict[Any, Step] = {}
+        self._least_rounds = 1
         self._result = SearchResult(start, start)
 
     def run(self) -> SearchResult:
@@ -153,6 +158,9 @@ class _Search:
         try:
             try:
                 self._measure(result.start, reserve=False)
+                self._passes()
+                self._lost = {key: step for key, step in self._lost.items() if step.gain < _CLOSE}
+                self._least_rounds = _SECOND_LOOK
                 self._passes()
             except _OutOfTime:
                 result.ended = "budget"
@@ -200,7 +208,7 @@ class _Search:
             return "same"
         known = self._lost.get(_key(point))
         if known is not None:
-            return known
+            return known.verdict
         try:
             step = self._race(lever.name, current, point)
         except _OutOfTime:
@@ -208,11 +216,11 @@ class _Search:
             self._result.ended = "budget"
             return "same"
         except InfeasibleError as error:
-            step = Step(lever.name, current, value, "infeasible", note=str(error))
+            step = Step(lever.name, current, value, "infeasible", -1.0, note=str(error))
         if step.kept:
             self._best = point
         else:
-            self._lost[_key(point)] = step.verdict
+            self._lost[_key(point)] = step
         self._result.steps.append(step)
         if self._listener is not None:
             self._listener(step)
@@ -223,7 +231,11 @@ class _Search:
         while True:
             self._round(self._best, point, ratios)
             found = standing(ratios, self._noise, last=len(ratios) >= MAX_ROUNDS)
-            if found.verdict != "open":
+            if found.verdict == "faster":
+                break
+            if found.verdict != "open" and (
+                len(ratios) >= self._least_rounds or found.gain < 2 * _CLOSE
+            ):
                 break
         verdict = "kept" if found.verdict == "faster" else found.verdict
         changed = [key for key in point if point[key] != self._best[key] and key != name]

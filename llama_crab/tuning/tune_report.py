@@ -130,7 +130,7 @@ def _draw(report: TuneReport, kind: str) -> bytes:
         final.plot(rounds, report.after, "o-", color=_AFTER, label="result")
         final.set(xlabel="round", ylabel=report.unit, title="measured again, in turn")
         final.set_xticks(list(rounds))
-        final.set_ylim(bottom=0)
+        final.set_ylim(0, 1.15 * max(*report.before, *report.after))
         final.legend(fontsize=8)
     else:
         final.axis("off")
