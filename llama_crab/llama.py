@@ -57,6 +57,10 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
     def _open(self, params: LlamaParams, model: _core.Model | None = None) -> None:
         started = time.perf_counter()
         self._owns_model = model is None
+        if params.profile is not None:
+            from .tuning.profile import apply_profile
+
+            params = apply_profile(params)
         try:
             self._model = open_model(params) if model is None else model
             self.params = resolve_params(params, self._model)

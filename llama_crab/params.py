@@ -7,15 +7,17 @@ checked here; those that need one are checked by the core.
 
 from __future__ import annotations
 
-import difflib
-import math
-import operator
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from dataclasses import replace as _dataclass_replace
 
-from .errors import LlamaCrabError
+from . import param_rules
+from .param_rules import INT32_MAX as INT32_MAX
+from .param_rules import MAX_SEQUENCES as MAX_SEQUENCES
+from .param_rules import RANDOM_SEED as RANDOM_SEED
+from .param_rules import ParameterError as ParameterError
+from .param_rules import require_integer as require_integer
 from .sampling import SamplerChain
 
 # Not imported from typing: that module alone costs a tenth of the package's import budget.
@@ -23,62 +25,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-INT32_MAX = 2**31 - 1
-MAX_SEQUENCES = 256
-# Beyond it ggml's thread pool has no affinity slots; creating threads without end aborts.
-MAX_THREADS = 512
-RANDOM_SEED = 0xFFFFFFFF
 DEFAULT_N_CTX = 4096
 _NATIVE_N_BATCH = 2048
 _EMBEDDING_TEXTS = 64
 _LEAST_EMBEDDING_TOKENS, _MOST_EMBEDDING_TOKENS = 512, 2048
-
-# The types llama.cpp's own tools offer; the other ggml types crash or abort as a cache.
-_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-_FLOAT_CACHE_TYPES = ("f32", "f16", "bf16")
-_ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "split_mode": ("none", "layer", "row", "tensor"),
-    "load_mode": ("auto", "none", "mmap", "mlock", "mmap_mlock", "direct_io"),
-    "lazy_mode": ("off", "auto", "on"),
-    "rope_scaling_type": ("unspecified", *_ROPE_SCALING_TYPES),
-    "pooling_type": ("unspecified", "none", "mean", "cls", "last", "rank"),
-    "attention_type": ("unspecified", "causal", "non_causal"),
-    "flash_attn_type": ("auto", "disabled", "enabled"),
-    "type_k": _CACHE_TYPES,
-    "type_v": _CACHE_TYPES,
-}
-
-_INT_RANGES: dict[str, tuple[int, int]] = {
-    "n_gpu_layers": (-(2**31), INT32_MAX),
-    "main_gpu": (-1, INT32_MAX),
-    "n_ctx": (0, INT32_MAX),
-    "n_batch": (1, INT32_MAX),
-    "n_ubatch": (1, INT32_MAX),
-    "n_seq_max": (1, MAX_SEQUENCES),
-    "n_rs_seq": (0, 1024),
-    "n_outputs_max": (0, INT32_MAX),
-    "n_outputs_max_per_seq": (0, INT32_MAX),
-    "n_threads": (1, MAX_THREADS),
-    "n_threads_batch": (1, MAX_THREADS),
-    "yarn_orig_ctx": (0, INT32_MAX),
-    "seed": (0, RANDOM_SEED - 1),
-    "cache_ram_mib": (0, INT32_MAX),
-    "cache_disk_mib": (0, INT32_MAX),
-}
-_FLOAT_MINIMA: dict[str, float] = {
-    "rope_freq_base": 0.0,
-    "rope_freq_scale": 0.0,
-    "yarn_ext_factor": -math.inf,
-    "yarn_attn_factor": -math.inf,
-    "yarn_beta_fast": -math.inf,
-    "yarn_beta_slow": -math.inf,
-    "max_itl_ms": 0.001,
-}
-_BOOLS = (
-    *("check_tensors", "use_extra_bufts", "no_host", "load_mtp"),
-    *("embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full", "kv_unified"),
-)
 MODEL_FIELDS = (
     *("devices", "n_gpu_layers", "split_mode", "load_mode", "lazy_mode", "main_gpu"),
     "tensor_buft_overrides",
@@ -92,12 +42,6 @@ CONTEXT_FIELDS = (
     *("type_k", "type_v", "embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full"),
     "kv_unified",
 )
-# llama_model_kv_override holds keys and string values in char[128].
-_OVERRIDE_BYTES = 127
-
-
-class ParameterError(LlamaCrabError, ValueError):
-    """A parameter has a value that llama.cpp cannot use; the message names the field."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +63,8 @@ class LlamaParams:
     ``max_itl_ms`` bounds the time between two tokens of an answer while prompts are computed
     beside it, None for no bound. What has to leave the KV cache goes to ``cache_ram_mib`` MiB of
     host memory, and from there to ``cache_disk_mib`` MiB of files in ``cache_dir``; 0 for none.
+    ``profile`` takes what is not set from a saved result of `llama_crab.tuning.tune`: "auto", the
+    name of a goal, or a file.
 
     Raises ParameterError, a ValueError that names the field, for values that llama.cpp would
     refuse or abort on. Thread-safety: immutable, share freely.
@@ -178,23 +124,24 @@ class LlamaParams:
     cache_ram_mib: int = 512
     cache_dir: str | os.PathLike[str] | None = None
     cache_disk_mib: int = 0
+    profile: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.model is not None and not isinstance(self.model, (str, os.PathLike)):
             kind = type(self.model).__name__
             raise ParameterError(f"model: expected a path or a repository name, not {kind}")
-        for name, choices in _CHOICES.items():
-            self._normalise(name, _choice, choices)
-        for name, bounds in _INT_RANGES.items():
+        for name, choices in param_rules.CHOICES.items():
+            self._normalise(name, param_rules.choice, choices)
+        for name, bounds in param_rules.INT_RANGES.items():
             self._normalise(name, require_integer, bounds)
-        for name, minimum in _FLOAT_MINIMA.items():
-            self._normalise(name, _real, minimum)
-        for name in (*_BOOLS, "verbose"):
-            self._normalise(name, _boolean, None)
-        self._normalise("devices", _devices, None)
-        self._normalise("tensor_split", _tensor_split, None)
-        self._normalise("tensor_buft_overrides", _buffer_overrides, None)
-        self._normalise("kv_overrides", _overrides, None)
+        for name, minimum in param_rules.FLOAT_MINIMA.items():
+            self._normalise(name, param_rules.real, minimum)
+        for name in (*param_rules.BOOLS, "verbose"):
+            self._normalise(name, param_rules.boolean, None)
+        self._normalise("devices", param_rules.devices, None)
+        self._normalise("tensor_split", param_rules.tensor_split, None)
+        self._normalise("tensor_buft_overrides", param_rules.buffer_overrides, None)
+        self._normalise("kv_overrides", param_rules.overrides, None)
         self._check_batches()
         self._check_attention()
         self._check_cache()
@@ -226,7 +173,7 @@ class LlamaParams:
     def _check_attention(self) -> None:
         if self.flash_attn_type != "disabled":
             return
-        if self.type_v is not None and self.type_v not in _FLOAT_CACHE_TYPES:
+        if self.type_v is not None and self.type_v not in param_rules.FLOAT_CACHE_TYPES:
             raise ParameterError(
                 f"type_v: {self.type_v!r} needs flash attention, but flash_attn_type is 'disabled'"
             )
@@ -236,9 +183,10 @@ class LlamaParams:
             )
 
     def _check_cache(self) -> None:
-        if self.cache_dir is not None and not isinstance(self.cache_dir, (str, os.PathLike)):
-            kind = type(self.cache_dir).__name__
-            raise ParameterError(f"cache_dir: expected a path, not {kind}")
+        for name in ("cache_dir", "profile"):
+            path = getattr(self, name)
+            if path is not None and not isinstance(path, (str, os.PathLike)):
+                raise ParameterError(f"{name}: expected a path, not {type(path).__name__}")
         for name in ("cache_ram_mib", "cache_disk_mib"):
             if getattr(self, name) is None:
                 raise ParameterError(f"{name}: expected an integer, not None")
@@ -310,7 +258,7 @@ class LlamaParams:
             value = getattr(self, item.name)
             if value == item.default:
                 continue
-            if item.name in ("model", "cache_dir"):
+            if item.name in ("model", "cache_dir", "profile"):
                 value = os.fspath(value)
             elif item.name == "sampler":
                 value = value.to_dict()
@@ -326,6 +274,16 @@ class LlamaParams:
             values["sampler"] = SamplerChain.from_dict(values["sampler"])
         return cls(**values)
 
+    @classmethod
+    def from_profile(
+        cls, profile: str | os.PathLike[str] = "auto", *, model: Any = None, **fields: Any
+    ) -> LlamaParams:
+        """Build parameters that take what `fields` leaves open from a profile; see ``profile``.
+
+        The file is read when the model is loaded, because it holds for one model and machine.
+        """
+        return cls.from_dict({**fields, "model": model, "profile": profile})
+
     def __repr__(self) -> str:
         shown = (
             f"{item.name}={getattr(self, item.name)!r}"
@@ -339,109 +297,4 @@ def _check_names(names: Iterable[str]) -> None:
     known = [item.name for item in fields(LlamaParams)]
     for name in names:
         if name not in known:
-            raise ParameterError(f"{name}: no such parameter{_suggest(name, known)}")
-
-
-def _suggest(given: str, allowed: Iterable[str]) -> str:
-    close = difflib.get_close_matches(given, list(allowed), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    if name == "flash_attn_type" and isinstance(value, bool):
-        return "enabled" if value else "disabled"
-    text = (
-        value.strip().lower().replace("-", "_").replace("+", "_") if isinstance(value, str) else ""
-    )
-    if text not in choices:
-        hint = _suggest(text, choices)
-        raise ParameterError(f"{name}: {value!r} is not one of {', '.join(choices)}{hint}")
-    return text
-
-
-def require_integer(name: str, value: Any, bounds: tuple[int, int]) -> int:
-    """Return `value` as an int within `bounds`, both included; else raise ParameterError."""
-    low, high = bounds
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise ParameterError(f"{name}: expected an integer, not {value!r}")
-    if name == "seed" and number == RANDOM_SEED:
-        raise ParameterError("seed: 0xFFFFFFFF means 'random' to llama.cpp; leave the seed unset")
-    if number < low:
-        raise ParameterError(f"{name}: {number} is less than {low}")
-    if number > high:
-        raise ParameterError(f"{name}: {number} is more than {high}")
-    return number
-
-
-def _real(name: str, value: Any, minimum: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, (bool, str)) or not math.isfinite(number):
-        raise ParameterError(f"{name}: expected a finite number, not {value!r}")
-    if number < minimum:
-        raise ParameterError(f"{name}: {number} is less than {minimum:g}")
-    return number
-
-
-def _boolean(name: str, value: Any, _: None) -> bool:
-    if not isinstance(value, bool):
-        raise ParameterError(f"{name}: expected True or False, not {value!r}")
-    return value
-
-
-def _devices(name: str, value: Any, _: None) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else tuple(value)
-    if not all(isinstance(device, str) and device for device in names):
-        raise ParameterError(f"{name}: expected device names, not {value!r}")
-    return names
-
-
-def _tensor_split(name: str, value: Any, _: None) -> tuple[float, ...]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise ParameterError(f"{name}: expected one proportion per device, not {value!r}")
-    parts = tuple(_real(name, part, 0.0) for part in value)
-    if not any(parts):
-        raise ParameterError(f"{name}: at least one proportion must be above 0")
-    return parts
-
-
-def _buffer_overrides(name: str, value: Any, _: None) -> dict[str, str]:
-    if not isinstance(value, Mapping) or not all(
-        isinstance(item, str) and item for pair in value.items() for item in pair
-    ):
-        raise ParameterError(f"{name}: expected tensor patterns with device names, not {value!r}")
-    return dict(value)
-
-
-def _overrides(name: str, value: Any, _: None) -> dict[str, int | float | bool | str]:
-    if not isinstance(value, Mapping):
-        raise ParameterError(f"{name}: expected a mapping of metadata keys, not {value!r}")
-    for key, item in value.items():
-        if not isinstance(key, str) or not 0 < len(key.encode()) <= _OVERRIDE_BYTES:
-            raise ParameterError(f"{name}: key {key!r} is not 1 to {_OVERRIDE_BYTES} bytes of text")
-        _check_override(f"{name}[{key!r}]", key, item)
-    return dict(value)
-
-
-def _check_override(label: str, key: str, item: Any) -> None:
-    if isinstance(item, str):
-        if len(item.encode()) > _OVERRIDE_BYTES:
-            raise ParameterError(f"{label}: longer than {_OVERRIDE_BYTES} bytes")
-    elif isinstance(item, bool):
-        pass
-    elif isinstance(item, int):
-        if not -(2**63) <= item < 2**63:
-            raise ParameterError(f"{label}: {item} does not fit in 64 bits")
-    elif not isinstance(item, float) or not math.isfinite(item):
-        raise ParameterError(f"{label}: expected a bool, int, finite float or str, not {item!r}")
-    # Both reach an assertion, the first inside a worker thread, where nothing can catch it.
-    if key.endswith("_epsilon") and not (isinstance(item, float) and item >= 0):
-        raise ParameterError(f"{label}: {item!r} is not a float of 0 or more")
-    if key.endswith(".rope.scaling.type") and item not in _ROPE_SCALING_TYPES:
-        raise ParameterError(f"{label}: {item!r} is not one of {', '.join(_ROPE_SCALING_TYPES)}")
+            raise ParameterError(f"{name}: no such parameter{param_rules.suggest(name, known)}")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _FIELDS = (
     *("n_ctx", "n_threads", "n_gpu_layers", "n_batch", "n_ubatch", "flash_attn_type"),
-    *("type_k", "type_v", "verbose"),
+    *("type_k", "type_v", "verbose", "profile"),
 )
 
 
@@ -30,6 +30,7 @@ def add_arguments(
     parser.add_argument("-m", "--model", help=model)
     parser.add_argument("-v", "--verbose", action="store_true", help=verbose)
     group = parser.add_argument_group("loading")
+    group.add_argument("--profile", help="what `llama-crab tune` saved: auto, a goal or a file")
     group.add_argument("-c", "--n-ctx", type=int, help="context in tokens (0: as trained)")
     group.add_argument("-t", "--n-threads", type=int, help="default: the performance cores")
     group.add_argument("-ngl", "--n-gpu-layers", type=int, help="layers on the GPU (-1: all)")

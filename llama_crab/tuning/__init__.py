@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from .bench_run import bench
     from .doctor import examine
     from .finding import Diagnosis, Finding
+    from .profile import Profile
     from .samples import Comparison, Samples, compare
+    from .tuner import TuneReport, tune
 
 # Every `Llama` asks for the threads; what measures is for those who measure.
 _LATER = {
@@ -29,9 +31,12 @@ _LATER = {
     "Comparison": "samples",
     "Diagnosis": "finding",
     "Finding": "finding",
+    "Profile": "profile",
     "Samples": "samples",
+    "TuneReport": "tuner",
     "compare": "samples",
     "examine": "doctor",
+    "tune": "tuner",
 }
 
 
@@ -54,8 +59,10 @@ __all__ = [
     "Comparison",
     "Diagnosis",
     "Finding",
+    "Profile",
     "Samples",
     "ThreadChoice",
+    "TuneReport",
     "available_memory",
     "bench",
     "compare",
@@ -65,4 +72,5 @@ __all__ = [
     "physical_cores",
     "thread_choice",
     "total_memory",
+    "tune",
 ]

@@ -42,6 +42,10 @@ class Bed:
         self._context: _core.Context | None = None
         self._batch: _core.Batch | None = None
         self._llama: Llama | None = None
+        if params.profile is not None:
+            from .profile import apply_profile
+
+            params = apply_profile(params)
         if weights_of is not None and weights_of.shares_weights(params):
             self._weights: _Weights | None = weights_of._open_weights().share()
         else:
