@@ -151,7 +151,7 @@ cdef class LatencyHistogram:
 
 
 cdef class StepCounters:
-    cdef shared_ptr[nat.CStepCounters] _c_counters
+    cdef shared_ptr[nat.CStepCounters] _c_counters  # a Stepper's, or zeros
 
 
 cdef class Stepper:

@@ -283,6 +283,8 @@ cdef extern from "native/step_counters.h" namespace "llama_crab" nogil:
         int64_t sample_us
         shared_ptr[CLatencyHistogram] first_token
         shared_ptr[CLatencyHistogram] inter_token
+    shared_ptr[CStepCounters] make_step_counters \
+        "std::make_shared<llama_crab::StepCounters>"() except +
 
 cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
     cppclass AdapterSet:

@@ -28,8 +28,8 @@ cdef class StepCounters:
     Thread-safety: any thread may read; what a batch in progress adds may be seen in part.
     """
 
-    def __init__(self):
-        raise TypeError("use Stepper.counters")
+    def __cinit__(self):
+        self._c_counters = nat.make_step_counters()
 
     def read(self):
         """Return the counts and microseconds.

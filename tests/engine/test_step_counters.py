@@ -54,6 +54,18 @@ def test_every_bucket_is_where_its_middle_says() -> None:
     assert (counts[0], counts[-1], sum(counts), len(counts)) == (1, 1, 2, 1152)
 
 
+def test_counters_stay_readable_behind_their_stepper(make: MakeScheduler) -> None:
+    scheduler = make()
+    run(scheduler, ask(20, 5))
+    counters = scheduler.stepper.counters
+    before = counters.read()
+    scheduler.close()
+    assert counters.read() == before
+    assert before[3] == 5
+    assert Latencies.from_counts(counters.inter_token.counts()).n == 4
+    assert set(_core.StepCounters().read()) == {0}  # one of its own
+
+
 def test_no_times_give_zeros_and_a_wrong_percentage_an_error() -> None:
     assert set(Latencies().to_dict().values()) == {0}
     with pytest.raises(ValueError, match="q: 101"):
