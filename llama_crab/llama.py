@@ -55,11 +55,7 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
         logs.set_verbose(params.verbose)
         path = resolve_model(params.model)
         try:
-            if (params.n_gpu_layers or 0) > 0 and not _core.supports_gpu_offload():
-                raise BackendUnavailableError(
-                    f"n_gpu_layers={params.n_gpu_layers}, but no GPU backend with a device is "
-                    "compiled in (see `llama-crab info`)"
-                )
+            params = self._place(path, params)
             self._model = _core.Model(path, **params.model_params())
             if not self._model.has_decoder or self._model.has_encoder:
                 raise ParameterError(f"model: {path} is an encoder-decoder model")
@@ -87,6 +83,23 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
         self._name = path.name
         self.load_sec = time.perf_counter() - started
         """Seconds that loading the model and creating the context took."""
+
+    @staticmethod
+    def _place(path: os.PathLike[str], params: LlamaParams) -> LlamaParams:
+        """Return `params` with the layers for the GPU; raise where one is asked for in vain."""
+        n_gpu_layers = params.n_gpu_layers
+        if not _core.supports_gpu_offload():
+            if isinstance(n_gpu_layers, int) and n_gpu_layers > 0:
+                raise BackendUnavailableError(
+                    f"n_gpu_layers={n_gpu_layers}, but no GPU backend with a device is "
+                    "compiled in (see `llama-crab info`)"
+                )
+            return params
+        if isinstance(n_gpu_layers, int):
+            return params
+        from .tuning.fit import fit_params
+
+        return fit_params(path, params)
 
     @property
     def model(self) -> _core.Model:

@@ -7,15 +7,14 @@ checked here; those that need one are checked by the core.
 
 from __future__ import annotations
 
-import difflib
 import math
-import operator
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from dataclasses import replace as _dataclass_replace
 
-from .errors import LlamaCrabError
+from . import param_rules as rules
+from .param_rules import INT32_MAX, RANDOM_SEED, ParameterError, require_integer
 from .sampling import SamplerChain
 
 # Not imported from typing: that module alone costs a tenth of the package's import budget.
@@ -23,11 +22,21 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-INT32_MAX = 2**31 - 1
+__all__ = [
+    "CONTEXT_FIELDS",
+    "DEFAULT_N_CTX",
+    "INT32_MAX",
+    "MAX_SEQUENCES",
+    "MODEL_FIELDS",
+    "RANDOM_SEED",
+    "LlamaParams",
+    "ParameterError",
+    "require_integer",
+]
+
 MAX_SEQUENCES = 256
 # Beyond it ggml's thread pool has no affinity slots; creating threads without end aborts.
 MAX_THREADS = 512
-RANDOM_SEED = 0xFFFFFFFF
 DEFAULT_N_CTX = 4096
 _NATIVE_N_BATCH = 2048
 _EMBEDDING_TEXTS = 64
@@ -36,12 +45,11 @@ _LEAST_EMBEDDING_TOKENS, _MOST_EMBEDDING_TOKENS = 512, 2048
 # The types llama.cpp's own tools offer; the other ggml types crash or abort as a cache.
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _FLOAT_CACHE_TYPES = ("f32", "f16", "bf16")
-_ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "split_mode": ("none", "layer", "row", "tensor"),
     "load_mode": ("auto", "none", "mmap", "mlock", "mmap_mlock", "direct_io"),
     "lazy_mode": ("off", "auto", "on"),
-    "rope_scaling_type": ("unspecified", *_ROPE_SCALING_TYPES),
+    "rope_scaling_type": ("unspecified", *rules.ROPE_SCALING_TYPES),
     "pooling_type": ("unspecified", "none", "mean", "cls", "last", "rank"),
     "attention_type": ("unspecified", "causal", "non_causal"),
     "flash_attn_type": ("auto", "disabled", "enabled"),
@@ -50,7 +58,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 _INT_RANGES: dict[str, tuple[int, int]] = {
-    "n_gpu_layers": (-(2**31), INT32_MAX),
     "main_gpu": (-1, INT32_MAX),
     "n_ctx": (0, INT32_MAX),
     "n_batch": (1, INT32_MAX),
@@ -65,6 +72,7 @@ _INT_RANGES: dict[str, tuple[int, int]] = {
     "seed": (0, RANDOM_SEED - 1),
     "cache_ram_mib": (0, INT32_MAX),
     "cache_disk_mib": (0, INT32_MAX),
+    "fit_margin_mib": (0, INT32_MAX),
 }
 _FLOAT_MINIMA: dict[str, float] = {
     "rope_freq_base": 0.0,
@@ -92,12 +100,6 @@ CONTEXT_FIELDS = (
     *("type_k", "type_v", "embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full"),
     "kv_unified",
 )
-# llama_model_kv_override holds keys and string values in char[128].
-_OVERRIDE_BYTES = 127
-
-
-class ParameterError(LlamaCrabError, ValueError):
-    """A parameter has a value that llama.cpp cannot use; the message names the field."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class LlamaParams:
     demo model. Every other field is keyword only, and None means llama.cpp's default, except:
 
     - ``n_ctx``: min(trained length, 4096) per sequence; 0 means the trained length in total.
+    - ``n_gpu_layers``: "auto", as many as the free memory of the devices holds, less
+      ``fit_margin_mib`` MiB on each; an ``n_ctx`` that is not set may shrink for that, too.
     - ``n_outputs_max``: ``n_seq_max``, or every token of a batch when ``embeddings`` is set.
     - ``n_threads``: the performance cores this process may use; ``n_threads_batch``: the same.
 
@@ -128,7 +132,7 @@ class LlamaParams:
     _: KW_ONLY
     # llama_model_params
     devices: tuple[str, ...] | None = None
-    n_gpu_layers: int | None = None
+    n_gpu_layers: int | str | None = None
     split_mode: str | None = None
     load_mode: str | None = None
     lazy_mode: str | None = None
@@ -178,23 +182,25 @@ class LlamaParams:
     cache_ram_mib: int = 512
     cache_dir: str | os.PathLike[str] | None = None
     cache_disk_mib: int = 0
+    fit_margin_mib: int = 1024
 
     def __post_init__(self) -> None:
         if self.model is not None and not isinstance(self.model, (str, os.PathLike)):
             kind = type(self.model).__name__
             raise ParameterError(f"model: expected a path or a repository name, not {kind}")
         for name, choices in _CHOICES.items():
-            self._normalise(name, _choice, choices)
+            self._normalise(name, rules.choice, choices)
         for name, bounds in _INT_RANGES.items():
             self._normalise(name, require_integer, bounds)
         for name, minimum in _FLOAT_MINIMA.items():
-            self._normalise(name, _real, minimum)
+            self._normalise(name, rules.real, minimum)
         for name in (*_BOOLS, "verbose"):
-            self._normalise(name, _boolean, None)
-        self._normalise("devices", _devices, None)
-        self._normalise("tensor_split", _tensor_split, None)
-        self._normalise("tensor_buft_overrides", _buffer_overrides, None)
-        self._normalise("kv_overrides", _overrides, None)
+            self._normalise(name, rules.boolean, None)
+        self._normalise("n_gpu_layers", rules.gpu_layers, None)
+        self._normalise("devices", rules.devices, None)
+        self._normalise("tensor_split", rules.tensor_split, None)
+        self._normalise("tensor_buft_overrides", rules.buffer_overrides, None)
+        self._normalise("kv_overrides", rules.overrides, None)
         self._check_batches()
         self._check_attention()
         self._check_cache()
@@ -239,7 +245,7 @@ class LlamaParams:
         if self.cache_dir is not None and not isinstance(self.cache_dir, (str, os.PathLike)):
             kind = type(self.cache_dir).__name__
             raise ParameterError(f"cache_dir: expected a path, not {kind}")
-        for name in ("cache_ram_mib", "cache_disk_mib"):
+        for name in ("cache_ram_mib", "cache_disk_mib", "fit_margin_mib"):
             if getattr(self, name) is None:
                 raise ParameterError(f"{name}: expected an integer, not None")
         if self.cache_disk_mib and self.cache_dir is None:
@@ -247,7 +253,10 @@ class LlamaParams:
 
     def model_params(self) -> dict[str, Any]:
         """Return the ``llama_model_params`` that are set, as the core's Model takes them."""
-        return self._set_fields(MODEL_FIELDS)
+        found = self._set_fields(MODEL_FIELDS)
+        if found.get("n_gpu_layers") == "auto":  # llama.cpp's default is all layers
+            del found["n_gpu_layers"]
+        return found
 
     def context_params(self) -> dict[str, Any]:
         """Return the ``llama_context_params`` that are set, as the core's Context takes them."""
@@ -339,109 +348,4 @@ def _check_names(names: Iterable[str]) -> None:
     known = [item.name for item in fields(LlamaParams)]
     for name in names:
         if name not in known:
-            raise ParameterError(f"{name}: no such parameter{_suggest(name, known)}")
-
-
-def _suggest(given: str, allowed: Iterable[str]) -> str:
-    close = difflib.get_close_matches(given, list(allowed), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    if name == "flash_attn_type" and isinstance(value, bool):
-        return "enabled" if value else "disabled"
-    text = (
-        value.strip().lower().replace("-", "_").replace("+", "_") if isinstance(value, str) else ""
-    )
-    if text not in choices:
-        hint = _suggest(text, choices)
-        raise ParameterError(f"{name}: {value!r} is not one of {', '.join(choices)}{hint}")
-    return text
-
-
-def require_integer(name: str, value: Any, bounds: tuple[int, int]) -> int:
-    """Return `value` as an int within `bounds`, both included; else raise ParameterError."""
-    low, high = bounds
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise ParameterError(f"{name}: expected an integer, not {value!r}")
-    if name == "seed" and number == RANDOM_SEED:
-        raise ParameterError("seed: 0xFFFFFFFF means 'random' to llama.cpp; leave the seed unset")
-    if number < low:
-        raise ParameterError(f"{name}: {number} is less than {low}")
-    if number > high:
-        raise ParameterError(f"{name}: {number} is more than {high}")
-    return number
-
-
-def _real(name: str, value: Any, minimum: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, (bool, str)) or not math.isfinite(number):
-        raise ParameterError(f"{name}: expected a finite number, not {value!r}")
-    if number < minimum:
-        raise ParameterError(f"{name}: {number} is less than {minimum:g}")
-    return number
-
-
-def _boolean(name: str, value: Any, _: None) -> bool:
-    if not isinstance(value, bool):
-        raise ParameterError(f"{name}: expected True or False, not {value!r}")
-    return value
-
-
-def _devices(name: str, value: Any, _: None) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else tuple(value)
-    if not all(isinstance(device, str) and device for device in names):
-        raise ParameterError(f"{name}: expected device names, not {value!r}")
-    return names
-
-
-def _tensor_split(name: str, value: Any, _: None) -> tuple[float, ...]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise ParameterError(f"{name}: expected one proportion per device, not {value!r}")
-    parts = tuple(_real(name, part, 0.0) for part in value)
-    if not any(parts):
-        raise ParameterError(f"{name}: at least one proportion must be above 0")
-    return parts
-
-
-def _buffer_overrides(name: str, value: Any, _: None) -> dict[str, str]:
-    if not isinstance(value, Mapping) or not all(
-        isinstance(item, str) and item for pair in value.items() for item in pair
-    ):
-        raise ParameterError(f"{name}: expected tensor patterns with device names, not {value!r}")
-    return dict(value)
-
-
-def _overrides(name: str, value: Any, _: None) -> dict[str, int | float | bool | str]:
-    if not isinstance(value, Mapping):
-        raise ParameterError(f"{name}: expected a mapping of metadata keys, not {value!r}")
-    for key, item in value.items():
-        if not isinstance(key, str) or not 0 < len(key.encode()) <= _OVERRIDE_BYTES:
-            raise ParameterError(f"{name}: key {key!r} is not 1 to {_OVERRIDE_BYTES} bytes of text")
-        _check_override(f"{name}[{key!r}]", key, item)
-    return dict(value)
-
-
-def _check_override(label: str, key: str, item: Any) -> None:
-    if isinstance(item, str):
-        if len(item.encode()) > _OVERRIDE_BYTES:
-            raise ParameterError(f"{label}: longer than {_OVERRIDE_BYTES} bytes")
-    elif isinstance(item, bool):
-        pass
-    elif isinstance(item, int):
-        if not -(2**63) <= item < 2**63:
-            raise ParameterError(f"{label}: {item} does not fit in 64 bits")
-    elif not isinstance(item, float) or not math.isfinite(item):
-        raise ParameterError(f"{label}: expected a bool, int, finite float or str, not {item!r}")
-    # Both reach an assertion, the first inside a worker thread, where nothing can catch it.
-    if key.endswith("_epsilon") and not (isinstance(item, float) and item >= 0):
-        raise ParameterError(f"{label}: {item!r} is not a float of 0 or more")
-    if key.endswith(".rope.scaling.type") and item not in _ROPE_SCALING_TYPES:
-        raise ParameterError(f"{label}: {item!r} is not one of {', '.join(_ROPE_SCALING_TYPES)}")
+            raise ParameterError(f"{name}: no such parameter{rules.suggest(name, known)}")

@@ -18,7 +18,8 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(("_core",), 2),
     **dict.fromkeys(
         (
-            *("sampling", "sampling_stages", "sampling_compile", "params", "timings"),
+            *("sampling", "sampling_stages", "sampling_compile", "params", "param_rules"),
+            "timings",
             *("completion", "hub", "packaged", "logs", "engine", "stream", "handle", "session"),
             *("request_builder", "lora", "model_identity", "mapping", "openai_fields"),
             *("embedding", "infill", "rerank", "structured", "tools", "tool_loop"),
