@@ -53,7 +53,7 @@ class BuildExt(build_ext):
 
         ext.sources = cythonize([ext], build_dir="build/cython", language_level=3)[0].sources
         source = fetch.ensure_tree()
-        folders = ("include", "ggml/include", "src", "common", "vendor", "tools/mtmd")
+        folders = ("include", "ggml/include", "ggml/src", "src", "common", "vendor", "tools/mtmd")
         # As system headers: their warnings are upstream's.
         flag = "/I" if cmake_build.MSVC else "-isystem"
         headers = [item for folder in folders for item in (flag, str(source / folder))]

@@ -66,6 +66,24 @@ class _ContextFields(TypedDict, total=False):
     swa_full: bool
     kv_unified: bool
 
+class _MemoryRow(TypedDict):
+    device: str
+    free: int
+    total: int
+    model: int
+    context: int
+    compute: int
+
+class _MemoryUse(TypedDict):
+    n_layer_max: int
+    rows: list[_MemoryRow]
+
+class _CommonFit(TypedDict):
+    fits: bool
+    n_gpu_layers: int
+    tensor_split: list[float]
+    n_overrides: int
+
 class _Perf(TypedDict):
     t_load_ms: float
     t_p_eval_ms: float
@@ -91,6 +109,19 @@ def supports_rpc() -> bool: ...
 def max_devices() -> int: ...
 def max_parallel_sequences() -> int: ...
 def time_us() -> int: ...
+def measure_memory(
+    path: _Path,
+    model_fields: Mapping[str, Any],
+    context_fields: Mapping[str, Any],
+    rooms: Iterable[tuple[str, int, int]] = (),
+) -> _MemoryUse: ...
+def common_fit(
+    path: _Path,
+    model_fields: Mapping[str, Any],
+    context_fields: Mapping[str, Any],
+    rooms: Iterable[tuple[str, int, int]],
+    margin: int,
+) -> _CommonFit: ...
 
 @final
 class Device:

@@ -50,6 +50,7 @@ include "handles/batch.pxi"      # Batch
 include "handles/outputs.pxi"    # Logits, Embeddings
 include "handles/context_checks.pxi"  # memory needed, live exports
 include "handles/context.pxi"    # Context
+include "handles/fit.pxi"        # measure_memory, common_fit
 include "handles/state.pxi"      # state of a context or of one sequence
 include "handles/memory.pxi"     # Memory
 include "handles/adapter.pxi"    # LoraAdapter

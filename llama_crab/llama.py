@@ -62,7 +62,10 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
 
             params = apply_profile(params)
         try:
-            self._model = open_model(params) if model is None else model
+            if model is None:
+                self._model, params = open_model(params)
+            else:
+                self._model = model
             self.params = resolve_params(params, self._model)
             self._context = _core.Context(self._model, **self.params.context_params())
             self._vocab = self._model.vocab
@@ -198,8 +201,8 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
         )
 
 
-def open_model(params: LlamaParams) -> _core.Model:
-    """Load the weights that `params` describes.
+def open_model(params: LlamaParams) -> tuple[_core.Model, LlamaParams]:
+    """Load the weights that `params` describes; return `params` fitted to the devices as well.
 
     Raises `ModelNotFoundError`, `ModelLoadError`, `BackendUnavailableError`, `ParameterError`.
     """
@@ -209,17 +212,30 @@ def open_model(params: LlamaParams) -> _core.Model:
     logs.set_verbose(params.verbose)
     path = resolve_model(params.model)
     try:
-        if (params.n_gpu_layers or 0) > 0 and not _core.supports_gpu_offload():
-            raise BackendUnavailableError(
-                f"n_gpu_layers={params.n_gpu_layers}, but no GPU backend with a device is "
-                "compiled in (see `llama-crab info`)"
-            )
+        params = _place(path, params)
         model = _core.Model(path, **params.model_params())
         if not model.has_decoder or model.has_encoder:
             raise ParameterError(f"model: {path} is an encoder-decoder model")
-        return model
+        return model, params
     finally:
         logs.flush()
+
+
+def _place(path: os.PathLike[str], params: LlamaParams) -> LlamaParams:
+    """Return `params` with the layers for the GPU; raise where one is asked for in vain."""
+    n_gpu_layers = params.n_gpu_layers
+    if not _core.supports_gpu_offload():
+        if isinstance(n_gpu_layers, int) and n_gpu_layers > 0:
+            raise BackendUnavailableError(
+                f"n_gpu_layers={n_gpu_layers}, but no GPU backend with a device is "
+                "compiled in (see `llama-crab info`)"
+            )
+        return params
+    if n_gpu_layers is not None:
+        return params
+    from .tuning.fit import fit_params
+
+    return fit_params(path, params)
 
 
 def resolve_params(params: LlamaParams, model: _core.Model) -> LlamaParams:

@@ -41,7 +41,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 INT_RANGES: dict[str, tuple[int, int]] = {
-    "n_gpu_layers": (-(2**31), INT32_MAX),
     "main_gpu": (-1, INT32_MAX),
     "n_ctx": (0, INT32_MAX),
     "n_batch": (1, INT32_MAX),
@@ -56,6 +55,7 @@ INT_RANGES: dict[str, tuple[int, int]] = {
     "seed": (0, RANDOM_SEED - 1),
     "cache_ram_mib": (0, INT32_MAX),
     "cache_disk_mib": (0, INT32_MAX),
+    "fit_margin_mib": (0, INT32_MAX),
 }
 FLOAT_MINIMA: dict[str, float] = {
     "rope_freq_base": 0.0,
@@ -113,6 +113,15 @@ def require_integer(name: str, value: Any, bounds: tuple[int, int]) -> int:
     if number > high:
         raise ParameterError(f"{name}: {number} is more than {high}")
     return number
+
+
+def gpu_layers(name: str, value: Any, _: None) -> int | None:
+    """Return a number of layers, or None for "auto"."""
+    if isinstance(value, str):
+        if value.strip().lower() == "auto":
+            return None
+        raise ParameterError(f'{name}: expected a number of layers or "auto", not {value!r}')
+    return require_integer(name, value, (-(2**31), INT32_MAX))
 
 
 def real(name: str, value: Any, minimum: float) -> float:

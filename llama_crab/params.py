@@ -53,6 +53,8 @@ class LlamaParams:
 
     - ``n_ctx``: min(trained length, 4096) per sequence; 0 means the trained length in total.
     - ``n_outputs_max``: ``n_seq_max``, or every token of a batch when ``embeddings`` is set.
+    - ``n_gpu_layers``: "auto", as many as the free memory of the devices holds, less
+      ``fit_margin_mib`` MiB on each; an ``n_ctx`` that is not set may shrink for that, too.
     - ``n_threads``: the performance cores this process may use; ``n_threads_batch``: the same.
 
     Enumerations are given by name (``flash_attn_type="auto"``; True and False also mean "enabled"
@@ -74,7 +76,7 @@ class LlamaParams:
     _: KW_ONLY
     # llama_model_params
     devices: tuple[str, ...] | None = None
-    n_gpu_layers: int | None = None
+    n_gpu_layers: int | str | None = None  # "auto" is kept as None
     split_mode: str | None = None
     load_mode: str | None = None
     lazy_mode: str | None = None
@@ -124,6 +126,7 @@ class LlamaParams:
     cache_ram_mib: int = 512
     cache_dir: str | os.PathLike[str] | None = None
     cache_disk_mib: int = 0
+    fit_margin_mib: int = 1024
     profile: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
@@ -138,6 +141,7 @@ class LlamaParams:
             self._normalise(name, param_rules.real, minimum)
         for name in (*param_rules.BOOLS, "verbose"):
             self._normalise(name, param_rules.boolean, None)
+        self._normalise("n_gpu_layers", param_rules.gpu_layers, None)
         self._normalise("devices", param_rules.devices, None)
         self._normalise("tensor_split", param_rules.tensor_split, None)
         self._normalise("tensor_buft_overrides", param_rules.buffer_overrides, None)
@@ -187,7 +191,7 @@ class LlamaParams:
             path = getattr(self, name)
             if path is not None and not isinstance(path, (str, os.PathLike)):
                 raise ParameterError(f"{name}: expected a path, not {type(path).__name__}")
-        for name in ("cache_ram_mib", "cache_disk_mib"):
+        for name in ("cache_ram_mib", "cache_disk_mib", "fit_margin_mib"):
             if getattr(self, name) is None:
                 raise ParameterError(f"{name}: expected an integer, not None")
         if self.cache_disk_mib and self.cache_dir is None:

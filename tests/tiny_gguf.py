@@ -58,11 +58,11 @@ class Tokens:
 
 
 @cache
-def spm_tokens(source: Path) -> Tokens:
+def spm_tokens(source: Path, *, whole: bool = False) -> Tokens:
     """Return a cut of Llama's SentencePiece vocabulary: specials, bytes, 400 pieces, letters."""
     reader = gguf.GGUFReader(source)
-    kept = [*range(659), *range(29871, 29971)]
     texts = reader.fields["tokenizer.ggml.tokens"].contents()
+    kept = [*range(len(texts))] if whole else [*range(659), *range(29871, 29971)]
     scores = reader.fields["tokenizer.ggml.scores"].contents()
     types = reader.fields["tokenizer.ggml.token_type"].contents()
     return Tokens(
@@ -382,10 +382,11 @@ def _add_metadata(writer: gguf.GGUFWriter, arch: str, tokens: Tokens) -> None:
             writer.add_rope_dimension_count(head)
             writer.add_vocab_size(len(tokens.texts))
     writer.add_file_type(0)
-    _add_tokenizer(writer, tokens)
+    add_tokenizer(writer, tokens)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokens: Tokens) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, tokens: Tokens) -> None:
+    """Write the tokenizer part."""
     writer.add_tokenizer_model(tokens.model)
     writer.add_tokenizer_pre(tokens.pre)
     writer.add_token_list(tokens.texts)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import LlamaCrabError
-from . import batch, bench, chat, doctor, info, run, tune
+from . import batch, bench, chat, doctor, fit, info, run, tune
 from .error_line import one_line
 
 EXIT_ERROR = 1
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"llama-crab {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (run, chat, batch, info, bench, doctor, tune):
+    for module in (run, chat, batch, info, bench, doctor, fit, tune):
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(module.NAME, help=summary, description=summary)
         module.add_arguments(command)

@@ -29,17 +29,36 @@ def add_arguments(
     """
     parser.add_argument("-m", "--model", help=model)
     parser.add_argument("-v", "--verbose", action="store_true", help=verbose)
+    return add_fields(parser)
+
+
+def add_fields(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Declare the options that are fields of `LlamaParams`; return their group."""
     group = parser.add_argument_group("loading")
     group.add_argument("--profile", help="what `llama-crab tune` saved: auto, a goal or a file")
-    group.add_argument("-c", "--n-ctx", type=int, help="context in tokens (0: as trained)")
+    group.add_argument(
+        *("-c", "--n-ctx", "--ctx"), type=int, help="context in tokens (0: as trained)"
+    )
     group.add_argument("-t", "--n-threads", type=int, help="default: the performance cores")
-    group.add_argument("-ngl", "--n-gpu-layers", type=int, help="layers on the GPU (-1: all)")
+    group.add_argument(
+        *("-ngl", "--n-gpu-layers"),
+        type=_gpu_layers,
+        metavar="N",
+        help="layers on the GPU (-1: all; default: auto, as many as its free memory holds)",
+    )
     group.add_argument("-b", "--n-batch", type=int, help="tokens per call at most")
     group.add_argument("-ub", "--n-ubatch", type=int, help="tokens per graph at most")
     group.add_argument("-fa", "--flash-attn-type", metavar="{auto,enabled,disabled}")
     group.add_argument("-ctk", "--type-k", metavar="TYPE", help="K cache type, e.g. q8_0")
     group.add_argument("-ctv", "--type-v", metavar="TYPE", help="V cache type, e.g. q8_0")
     return group
+
+
+def _gpu_layers(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_gpu_layers.__name__ = "number of layers"  # argparse: "invalid number of layers value: 'x'"
 
 
 def params_of(args: argparse.Namespace, **more: Any) -> LlamaParams:

@@ -25,15 +25,7 @@ cdef class Context:
             raise errors.ContextCreateError("the model was loaded without weights")
         for field, value in fields.items():
             _set_context_param(&c, field, value)
-        n_ctx = c.n_ctx or model.n_ctx_train
-        n_outputs_max = c.n_outputs_max or c.n_batch
-        if not c.n_seq_max <= min(c.n_batch, n_ctx, n_outputs_max):
-            raise errors.ContextCreateError(
-                f"n_seq_max={c.n_seq_max} exceeds n_batch={c.n_batch}, n_ctx={n_ctx} "
-                f"or n_outputs_max={n_outputs_max}")
-        if c.type_v not in (_KV_TYPES["f32"], _KV_TYPES["f16"], _KV_TYPES["bf16"]) \
-                and c.flash_attn_type == lib.LLAMA_FLASH_ATTN_TYPE_DISABLED:
-            raise errors.ContextCreateError("a quantized type_v needs flash attention")
+        _refuse_unfit_fields(&c, c.n_ctx or model.n_ctx_train)
         _refuse_larger_than_memory(model, &c)
         mark = nat.log_mark()
         with nogil:

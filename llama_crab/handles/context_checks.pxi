@@ -26,6 +26,19 @@ cdef int _refuse_larger_than_memory(
     return 0
 
 
+cdef int _refuse_unfit_fields(lib.llama_context_params *c, int64_t n_ctx) except -1:
+    # Both reach assertions or fail late.
+    n_outputs_max = c.n_outputs_max or c.n_batch
+    if not c.n_seq_max <= min(c.n_batch, n_ctx, n_outputs_max):
+        raise errors.ContextCreateError(
+            f"n_seq_max={c.n_seq_max} exceeds n_batch={c.n_batch}, n_ctx={n_ctx} "
+            f"or n_outputs_max={n_outputs_max}")
+    if c.type_v not in (_KV_TYPES["f32"], _KV_TYPES["f16"], _KV_TYPES["bf16"]) \
+            and c.flash_attn_type == lib.LLAMA_FLASH_ATTN_TYPE_DISABLED:
+        raise errors.ContextCreateError("a quantized type_v needs flash attention")
+    return 0
+
+
 cdef int _refuse_exports(nat.ContextHandle *handle) except -1:
     if handle.exports() > 0:
         raise BufferError(

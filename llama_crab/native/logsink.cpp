@@ -30,6 +30,7 @@ std::atomic<bool>     pending{false};
 // A line may come in several calls; each thread puts its own together.
 thread_local std::string partial;
 thread_local int         partial_level = GGML_LOG_LEVEL_INFO;
+thread_local int         muted         = 0;
 
 void finish_line() {
     const uint64_t seq = seen.fetch_add(1, std::memory_order_relaxed);
@@ -39,7 +40,7 @@ void finish_line() {
         }
         errors.push_back({seq, std::this_thread::get_id(), partial});
     }
-    if (partial_level >= min_level.load(std::memory_order_relaxed)) {
+    if (muted == 0 && partial_level >= min_level.load(std::memory_order_relaxed)) {
         if (ring.size() == ring_capacity) {
             ring.pop_front();
         }
@@ -78,6 +79,9 @@ void on_log(ggml_log_level level, const char * text, void *) noexcept {
 void log_install() { llama_log_set(on_log, nullptr); }
 
 void log_set_level(int level) { min_level.store(level, std::memory_order_relaxed); }
+
+LogMute::LogMute() noexcept { ++muted; }
+LogMute::~LogMute() { --muted; }
 
 bool log_pending() noexcept { return pending.load(std::memory_order_relaxed); }
 

@@ -20,6 +20,16 @@ void log_set_level(int level);
 // True when a line waits; one relaxed load, cheap enough for every step.
 bool log_pending() noexcept;
 
+// While one lives, lines of this thread reach no reader but log_errors_since(): for work that is
+// repeated, whose warnings the real call says again.
+class LogMute {
+public:
+    LogMute() noexcept;
+    ~LogMute();
+    LogMute(const LogMute &) = delete;
+    LogMute & operator=(const LogMute &) = delete;
+};
+
 std::vector<LogLine> log_drain();
 
 // Number of lines seen so far; pass it to log_errors_since() after a call that failed.

@@ -51,6 +51,8 @@ class Bed:
         else:
             self._weights = _Weights(params)
         try:
+            # Which layers are where was decided when the weights were loaded.
+            params = params.replace(**self._weights.fields)
             self.params = resolve_params(params, self.model)
             """The parameters with all defaults filled in."""
             if self.params.embeddings:
@@ -271,7 +273,8 @@ class _Weights:
     """A model that several beds use; the last one frees it."""
 
     def __init__(self, params: LlamaParams) -> None:
-        self.model = open_model(params)
+        self.model, fitted = open_model(params)
+        self.fields = fitted.model_params()
         self.key = _weights_key(params)
         self._n_users = 1
 

@@ -15,7 +15,7 @@ _GPU_SHARE = 0.8
 
 def offload(subject: Subject) -> Finding | None:
     """Whether layers stay on the CPU although a GPU could compute them."""
-    name, layers, names = "offload", subject.given.n_gpu_layers, subject.build.gpu_names
+    name, layers, names = "offload", subject.n_gpu_layers, subject.build.gpu_names
     if not names:
         if layers is not None and layers != 0:
             return Finding(
@@ -36,7 +36,9 @@ def offload(subject: Subject) -> Finding | None:
         )
     model = subject.model
     # The output layer counts as one more.
-    if model is None or layers is None or layers < 0 or layers > model.n_layer:
+    if layers is None:
+        return passed(name, f"as many layers as fit on {', '.join(names)}")
+    if model is None or layers < 0 or layers > model.n_layer:
         return passed(name, f"all layers on {', '.join(names)}")
     if model.size + model.kv_bytes < _GPU_SHARE * subject.build.gpu_free:
         return Finding(

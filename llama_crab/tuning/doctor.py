@@ -82,8 +82,7 @@ def diagnose(
 def _can_measure(subject: Subject, found: dict[str, Finding]) -> bool:
     if subject.model is None or subject.model.embeds:
         return False
-    refused = subject.given.n_gpu_layers and subject.given.n_gpu_layers > 0
-    if refused and not subject.build.gpu_names:
+    if (subject.n_gpu_layers or 0) > 0 and not subject.build.gpu_names:
         return False
     return found.get("memory", Finding("memory", "ok")).severity != "problem"
 

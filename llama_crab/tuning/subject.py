@@ -121,6 +121,12 @@ class Subject:
     model: ModelFacts | None = None
 
     @property
+    def n_gpu_layers(self) -> int | None:
+        """The number of layers that was asked for, None for "auto"."""
+        layers = self.given.n_gpu_layers
+        return layers if isinstance(layers, int) else None
+
+    @property
     def on_cpu(self) -> bool:
         """Whether the CPU computes every layer."""
         return not self.build.gpu_names or self.given.n_gpu_layers == 0
