@@ -82,14 +82,15 @@ class Placement:
             self._known[layout] = tuple(self._measure(layout))
         return self._known[layout]
 
-    def _whole(self, n_ctx: int) -> Layout | None:
-        layout = Layout(self._n_layer_max, n_ctx)
+    def _whole(self, n_ctx: int, n_host_experts: int = 0) -> Layout | None:
+        """Return a layout of all layers, or None where they do not fit."""
+        layout = Layout(self._n_layer_max, n_ctx, None, n_host_experts)
         if self.fits(layout):
             return layout
         # A split by memory may miss by a layer what a split by need does not. Filling costs more,
         # so it is tried only where the devices together have the memory.
         if self._splits and sum(self._used(layout)) <= sum(self._rooms):
-            layout = self._fill(n_ctx, 0)
+            layout = self._fill(n_ctx, n_host_experts)
             if layout.n_gpu_layers == self._n_layer_max:
                 return layout
         return None
@@ -111,13 +112,13 @@ class Placement:
     def _spread_experts(self, n_ctx: int) -> Layout:
         """Offload everything but experts first: they are most of the weights, and idle most."""
         low, high = 0, self._n_expert_layers
-        best = self._fill(n_ctx, high)
-        if best.n_gpu_layers < self._n_layer_max:
-            return best
+        best = self._whole(n_ctx, high)
+        if best is None:
+            return self._fill(n_ctx, high)
         while high - low > 1:
             middle = (low + high) // 2
-            layout = self._fill(n_ctx, middle)
-            if layout.n_gpu_layers < self._n_layer_max:
+            layout = self._whole(n_ctx, middle)
+            if layout is None:
                 low = middle
             else:
                 high, best = middle, layout
