@@ -102,7 +102,7 @@ class ChatMethods:
             Keep more than one call.
         chat_template
             Instead of the model's: a Jinja template as text or file, the name of a further one in
-            the GGUF, or ``"chatml"``.
+            the GGUF, or of a format such as ``"chatml"``, which also ends answers at its marks.
         chat_template_kwargs
             Variables for the template.
         add_generation_prompt

@@ -39,8 +39,9 @@ class ChatPlan:
     """How the answers of one request are read. Thread-safety: immutable.
 
     ``format`` is the prompt whose parser reads them, None where they are plain text; ``fallback``
-    makes a parser of the tool calls in their content. ``hidden_stops`` are stop strings of the
-    format, no business of the caller. ``before`` is the part of the content that the prompt has.
+    makes a parser of the tool calls in their content. ``hidden_stops`` are stop strings and
+    tokens of the format, no business of the caller. ``before`` is the part of the content that the
+    prompt has.
     """
 
     format: _core.ChatPrompt | None = None
@@ -48,7 +49,7 @@ class ChatPlan:
     has_tools: bool = False
     parallel_tool_calls: bool = False
     output: StructuredOutput | None = None
-    hidden_stops: frozenset[str] = frozenset()
+    hidden_stops: frozenset[str | int] = frozenset()
     before: str = ""
 
     @property

@@ -10,11 +10,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from . import _core
 from .chat import ChatMessage, check_messages
+from .chat_formats import ChatFormat, chat_format
 from .chat_reader import ChatPlan, Parser
 from .chat_reasoning import (
     after_thinking,
@@ -97,7 +97,15 @@ class ChatRequests:
 
         Raises `ChatTemplateError` for a template that does not parse, `ParameterError`.
         """
-        source = self._source(chat_template)
+        return self.parsed(self.chat_format(chat_template))
+
+    def chat_format(self, chat_template: str | os.PathLike[str] | None) -> ChatFormat:
+        """Return the template that is asked for, and its stops."""
+        return chat_format(chat_template, self._model)
+
+    def parsed(self, form: ChatFormat) -> _core.ChatTemplates:
+        """Return a format's template, made once."""
+        source = form.template
         with self._lock:
             found = self._templates.get(source)
             if found is None:
@@ -107,27 +115,6 @@ class ChatRequests:
                     self._templates.popitem(last=False)
             self._templates.move_to_end(source)
         return found
-
-    def _source(self, chat_template: str | os.PathLike[str] | None) -> str:
-        if chat_template is None:
-            return ""
-        if isinstance(chat_template, os.PathLike):
-            return _file_text(Path(chat_template))
-        if not isinstance(chat_template, str):
-            raise ParameterError(f"chat_template: expected text or a path, not {chat_template!r}")
-        if "{{" in chat_template or "{%" in chat_template or "\n" in chat_template:
-            return chat_template
-        if chat_template == "chatml":
-            return chat_template
-        named = self._model.metadata.get(f"tokenizer.chat_template.{chat_template}")
-        if named is not None:
-            return str(named)
-        if chat_template and len(chat_template) < 1024 and Path(chat_template).is_file():
-            return _file_text(Path(chat_template))
-        raise ParameterError(
-            f"chat_template: {chat_template!r:.80} is no template text, no file, none of the "
-            "model's named templates and not 'chatml'"
-        )
 
     def format(self, messages: Messages, tools: Any = None, **options: Any) -> str:
         """Return the text of a prompt; see `Llama.format_chat`."""
@@ -162,7 +149,7 @@ class ChatRequests:
         output = self._output(chat, options)
         chat.constrain(output, options, self._params)
         ids = chat.templates.tokenize(chat.prompt)
-        hidden = _add_stops(chat.prompt, options)
+        hidden = _add_stops((*chat.prompt.additional_stops, *chat.stops), self._vocab, options)
         if reasoning_budget is not None:
             budget = limit_reasoning(reasoning_budget, self._vocab, chat.prompt, len(ids))
             options["logits_processors"] = (*options.get("logits_processors", ()), budget)
@@ -213,7 +200,9 @@ class _Chat:
         parallel: bool,
         options: dict[str, Any],
     ) -> None:
-        self.templates = requests.templates(options.pop("chat_template", None))
+        form = requests.chat_format(options.pop("chat_template", None))
+        self.templates = requests.parsed(form)
+        self.stops = form.stops
         self.parallel = _flag("parallel_tool_calls", parallel)
         self.mode, self.name = "none", None
         self.fallback: Any = None
@@ -320,7 +309,7 @@ class _Chat:
             return False
         return bool(prompt.parse(_PLAIN)["content"] == self.before + _PLAIN)
 
-    def plan(self, output: StructuredOutput | None, hidden: Sequence[str]) -> ChatPlan:
+    def plan(self, output: StructuredOutput | None, hidden: Sequence[str | int]) -> ChatPlan:
         """Return how the answers are read."""
         parser: Callable[[], Parser] | None = None
         if self.fallback is not None and self.can_call:
@@ -395,14 +384,23 @@ def _triggers(prompt: _core.ChatPrompt) -> tuple[list[str], list[int]]:
     return patterns, tokens
 
 
-def _add_stops(prompt: _core.ChatPrompt, options: dict[str, Any]) -> list[str]:
-    own = options.get("stop", ())
+def _add_stops(
+    stops: Sequence[str], vocab: _core.Vocab, options: dict[str, Any]
+) -> list[str | int]:
+    """Add a format's stops to the options, and return those that only it asks for."""
+    own, own_ids = options.get("stop", ()), options.get("stop_tokens", ())
     own = (own,) if isinstance(own, str) else own
-    if not prompt.additional_stops or not isinstance(own, Iterable):
+    if not stops or not isinstance(own, Iterable) or not isinstance(own_ids, Iterable):
         return []
-    own = tuple(own)
-    options["stop"] = (*own, *prompt.additional_stops)
-    return [stop for stop in prompt.additional_stops if stop not in own]
+    own, own_ids = tuple(own), tuple(own_ids)
+    options["stop"] = (*own, *stops)
+    # A special token is not in the text, where a stop string is looked for.
+    ids = [ids[0] for stop in stops if len(ids := vocab.tokenize(stop, False, True)) == 1]
+    ids = [token for token in ids if not vocab.piece(token, False)]
+    if ids:
+        options["stop_tokens"] = (*own_ids, *ids)
+    given = {*own, *own_ids}
+    return [*[stop for stop in stops if stop not in given], *[t for t in ids if t not in given]]
 
 
 def _last_text(messages: list[dict[str, Any]]) -> str:
@@ -423,10 +421,3 @@ def _json(name: str, value: Any) -> str:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ParameterError(f"{name}: not JSON: {error}") from None
-
-
-def _file_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ParameterError(f"chat_template: cannot read {path}: {error}") from error

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--max-tokens", type=int, help=help_)
     parser.add_argument("--no-markdown", action="store_true", help="show answers as plain text")
     group = parser.add_argument_group("template")
-    help_ = "a built-in one or a file (default: the model's)"
+    help_ = "a format such as chatml or llama3, or a file (default: the model's)"
     group.add_argument("--chat-template", metavar="NAME|FILE", help=help_)
     thinking = group.add_mutually_exclusive_group()
     thinking.add_argument(

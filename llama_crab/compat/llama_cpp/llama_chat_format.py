@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...chat_formats import FORMATS
 from ...params import ParameterError
 from .generation import stop_strings
 from .notices import NotSupportedError, refuse
@@ -20,70 +21,10 @@ LlamaChatCompletionHandler = Callable[..., Any]
 _handlers: dict[str, LlamaChatCompletionHandler] = {}
 
 _DEFAULT = "chat_template.default"
-_CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# A system message goes in front of the first user's.
-_SYSTEM_FIRST = (
-    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
-    "{% set ns.system = m.content %}"
-)
-# What the makers of the models document, for files without a template of their own.
-FORMATS: dict[str, str] = {
-    "chatml": _CHATML,
-    "qwen": _CHATML,
-    "chatml-function-calling": _CHATML,
-    "llama-2": (
-        _SYSTEM_FIRST + "{% elif m.role == 'user' %}{{ bos_token }}[INST] "
-        "{% if ns.system %}<<SYS>>\n{{ ns.system }}\n<</SYS>>\n\n{% endif %}"
-        "{% set ns.system = '' %}"
-        "{{ m.content }} [/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
-    ),
-    "mistral-instruct": (
-        "{{ bos_token }}" + _SYSTEM_FIRST + "{% elif m.role == 'user' %}[INST] "
-        "{% if ns.system %}{{ ns.system }}\n\n{% set ns.system = '' %}{% endif %}"
-        "{{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
-    ),
-    "llama-3": (
-        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-        "{{ m.content }}<|eot_id|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-    ),
-    "gemma": (
-        "{{ bos_token }}" + _SYSTEM_FIRST + "{% else %}<start_of_turn>"
-        "{{ 'model' if m.role == 'assistant' else m.role }}\n"
-        "{% if ns.system %}{{ ns.system }}\n\n{% set ns.system = '' %}{% endif %}"
-        "{{ m.content }}<end_of_turn>\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-    ),
-    "zephyr": (
-        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-    ),
-    "vicuna": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }} "
-        "{% elif m.role == 'user' %}USER: {{ m.content }} "
-        "{% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-    ),
-    "alpaca": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
-        "{% elif m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
-        "{% else %}### Response:\n{{ m.content }}{{ eos_token }}\n\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}### Response:\n{% endif %}"
-    ),
-    "openchat": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
-        "{{ m.content }}<|end_of_turn|>{% else %}GPT4 Correct "
-        "{{ 'Assistant' if m.role == 'assistant' else 'User' }}: {{ m.content }}<|end_of_turn|>"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}GPT4 Correct Assistant:{% endif %}"
-    ),
-}
 
 
 def template_of(llama: Llama, name: str | None) -> str | None:
-    """Return the template of a ``chat_format``; None for the model file's own.
+    """Return the ``chat_template`` of a ``chat_format``; None for the model file's own.
 
     ``chat_template.NAME`` is the file's template of that name. Raises `ParameterError` for what
     the file does not have, `NotSupportedError` for names that are not in `FORMATS`.
@@ -91,7 +32,7 @@ def template_of(llama: Llama, name: str | None) -> str | None:
     if name is None or name == _DEFAULT:
         return None
     if name in FORMATS:
-        return FORMATS[name]
+        return name
     if name.startswith("chat_template."):
         found = llama.crab.model.chat_template(name.removeprefix("chat_template."))
         if found is None:
