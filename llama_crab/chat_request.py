@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 import time
 from collections import OrderedDict
@@ -15,6 +14,7 @@ from typing import Any
 from . import _core
 from .chat import ChatMessage, check_messages
 from .chat_formats import ChatFormat, chat_format
+from .chat_grammar import bare_call, bare_trigger, call_grammar, triggers, without_text_before
 from .chat_reader import ChatPlan, Parser
 from .chat_reasoning import (
     after_thinking,
@@ -25,7 +25,7 @@ from .chat_reasoning import (
     thinks_first,
 )
 from .engine.request import Request
-from .errors import ChatTemplateError
+from .errors import ChatParseError, ChatTemplateError
 from .params import LlamaParams, ParameterError
 from .request_builder import CompletionOptions, RequestBuilder
 from .sampling import SamplerChain
@@ -42,18 +42,13 @@ _REASONING_FORMATS = ("none", "auto", "deepseek", "deepseek-legacy")
 _NOT_FOR_CHATS = {
     "echo": "the prompt is made by the chat template",
     "suffix": "the prompt is made by the chat template",
+    "callback": "use stream=True",
     "session": "it appends text as it is, and a template writes a conversation anew; what was "
     "computed is reused without one",
 }
 _FORMS = ("response_format", "grammar", "regex", "choices", "lark")
 # What a format does not touch is read without a parser.
 _PLAIN = " Plain <b>text</b> {1}\n"
-# Some of llama-common's grammars allow more than one call in any case; and where its grammar of a
-# required call lets text come first, which may go on for ever.
-_MORE_CALLS = re.compile(r"^(tool-calls ::= )\((tool-call space)\)\+$", re.MULTILINE)
-_TEXT_BEFORE_CALL = re.compile(
-    r"^(root ::= .*?)\buntil-\d+\??\s+((?:space )?[\w-]*tool-call)", re.M
-)
 
 
 class ChatOptions(CompletionOptions, total=False):
@@ -144,6 +139,11 @@ class ChatRequests:
             if options.get(name) not in (None, False):
                 raise ParameterError(f"{name}: not for chats; {reason}")
             options.pop(name, None)
+        unknown = options.keys() - ChatOptions.__annotations__.keys()
+        if unknown:
+            raise TypeError(
+                f"create_chat_completion() got an unexpected keyword argument {min(unknown)!r}"
+            )
         checked = check_messages(messages)
         chat = _Chat(self, checked, tools, tool_choice, parallel_tool_calls, options)
         output = self._output(chat, options)
@@ -171,15 +171,16 @@ class ChatRequests:
         output = structured_output(*form.values())
         if output is None:
             return None
+        asked = next(name for name in _FORMS if form[name] is not None)
         if chat.can_call:
             raise ParameterError(
-                f"{next(name for name in _FORMS if form[name] is not None)}: an answer that may "
+                f"{asked}: an answer that may "
                 "call tools cannot have a form of its own; use tool_choice='none', or ask for it "
                 "in a second request"
             )
         if not chat.before and not takes_form(chat.prompt):
             raise ParameterError(
-                "response_format: the template's format has marks of its own around the answer"
+                f"{asked}: the template's format has marks of its own around the answer"
             )
         if output.lark is not None:
             if is_thinking(chat.prompt):
@@ -208,6 +209,9 @@ class _Chat:
         self.fallback: Any = None
         self.opening: tuple[str, str, list[str]] | None = None
         self.before = ""
+        self.tools: list[Tool] = []
+        self.bare: _core.ChatPrompt | None = None
+        self.bare_head: str | None = None
         found: list[Tool] = []
         if tools or tool_choice is not None:
             from .tools import normalize_tool_choice, normalize_tools
@@ -221,7 +225,7 @@ class _Chat:
             if not able["supports_tools"]:
                 from .tools import ToolFallback
 
-                choice = self.name or self.mode
+                choice = self.mode if self.name is None else _named(self.name)
                 self.fallback = ToolFallback(found, choice, self.parallel)
                 messages = self.fallback.with_system_text(messages)
                 found = []
@@ -237,6 +241,10 @@ class _Chat:
             # The model is told of all tools; the grammar is that of one.
             one = [tool.to_dict() for tool in found if tool.name == self.name]
             self.format = _render(self.templates, messages, {**render, "tools": json.dumps(one)})
+        self.tools = found
+        if found and self.mode == "auto" and not self.prompt.grammar:
+            # The calls have no mark that could wake a grammar.
+            self.bare = _render(self.templates, messages, {**render, "tool_choice": "required"})
 
     @property
     def can_call(self) -> bool:
@@ -280,15 +288,19 @@ class _Chat:
                     gbnf = after_thinking(gbnf, prompt)
                 return chain.grammar(gbnf)
             return chain.grammar_lazy(gbnf, trigger_patterns=[self.fallback.trigger])
-        if not prompt.grammar:
+        tools = [tool for tool in self.tools if self.name in (None, tool.name)]
+        given = prompt.grammar if self.bare is None else self.bare.grammar
+        gbnf = call_grammar(given, tools, parallel=self.parallel)
+        if self.bare is not None:
+            gbnf, head = bare_call(gbnf, tools)
+            self.bare_head = head
+            return chain.grammar_lazy(gbnf, trigger_patterns=[bare_trigger(head)])
+        if not gbnf:
             return chain
-        gbnf = prompt.grammar
-        if not self.parallel:
-            gbnf = _MORE_CALLS.sub(r"\1\2", gbnf)
         if prompt.grammar_lazy and self.mode == "auto":
-            patterns, tokens = _triggers(prompt)
+            patterns, tokens = triggers(prompt)
             return chain.grammar_lazy(gbnf, trigger_patterns=patterns, trigger_tokens=tokens)
-        return chain.grammar(_TEXT_BEFORE_CALL.sub(r"\1\2", gbnf))
+        return chain.grammar(without_text_before(gbnf))
 
     def special_tokens(self, vocab: _core.Vocab) -> list[int]:
         """Return the tokens that the parser needs to see."""
@@ -307,7 +319,10 @@ class _Chat:
         prompt = self.prompt
         if prompt.supports_thinking or (self.can_call and self.fallback is None):
             return False
-        return bool(prompt.parse(_PLAIN)["content"] == self.before + _PLAIN)
+        try:
+            return bool(prompt.parse(_PLAIN)["content"] == self.before + _PLAIN)
+        except ChatParseError:
+            return False
 
     def plan(self, output: StructuredOutput | None, hidden: Sequence[str | int]) -> ChatPlan:
         """Return how the answers are read."""
@@ -317,7 +332,8 @@ class _Chat:
         return ChatPlan(
             format=None if self._is_plain else self.format,
             fallback=parser,
-            has_tools=self.can_call,
+            must_call=self.mode == "required",
+            bare_call=self.bare_head,
             parallel_tool_calls=self.parallel,
             output=output,
             hidden_stops=frozenset(hidden),
@@ -370,25 +386,15 @@ def _render(
     raise ChatTemplateError(f"{where}: {reason.args[0]}", log=reason.log) from None
 
 
-def _triggers(prompt: _core.ChatPrompt) -> tuple[list[str], list[int]]:
-    patterns, tokens = [], []
-    for kind, value, token in prompt.grammar_triggers:
-        if kind == "token" and token is not None:
-            tokens.append(token)
-        elif kind == "word":
-            patterns.append(re.sub(r"([.^$|()*+?\[\]{}\\/])", r"\\\1", value))
-        elif kind == "pattern_full":
-            patterns.append(f"^{value.removeprefix('^').removesuffix('$')}$")
-        else:
-            patterns.append(value)
-    return patterns, tokens
+def _named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 def _add_stops(
     stops: Sequence[str], vocab: _core.Vocab, options: dict[str, Any]
 ) -> list[str | int]:
     """Add a format's stops to the options, and return those that only it asks for."""
-    own, own_ids = options.get("stop", ()), options.get("stop_tokens", ())
+    own, own_ids = options.get("stop") or (), options.get("stop_tokens", ())
     own = (own,) if isinstance(own, str) else own
     if not stops or not isinstance(own, Iterable) or not isinstance(own_ids, Iterable):
         return []
