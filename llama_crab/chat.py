@@ -291,7 +291,9 @@ def check_messages(messages: Iterable[Mapping[str, Any] | ChatMessage]) -> list[
 
 def _message(where: str, message: Mapping[str, Any] | ChatMessage) -> dict[str, Any]:
     if isinstance(message, ChatMessage):
-        return message.to_dict()
+        message = message.to_dict()
+        if message["content"] is None and not message.get("tool_calls"):
+            message["content"] = ""
     if not isinstance(message, Mapping):
         raise ParameterError(f"{where}: expected a mapping, not {message!r:.80}")
     role = message.get("role")
@@ -350,6 +352,8 @@ def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
         try:
             if not isinstance(arguments, str):
                 arguments = json.dumps(arguments, allow_nan=False, ensure_ascii=False)
+            # Some models write nothing where there is nothing to say.
+            arguments = arguments if arguments.strip() else "{}"
             json.loads(arguments)
         except (TypeError, ValueError, RecursionError) as error:
             raise ParameterError(

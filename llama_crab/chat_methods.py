@@ -10,6 +10,7 @@ from .chat import ChatCompletion, check_messages
 from .chat_request import ChatOptions, ChatRequests, Messages
 from .chat_stream import ChatStream
 from .engine import Engine
+from .params import ParameterError
 from .request_builder import UNREAD_CHUNKS
 from .stream import CompletionStream
 
@@ -31,12 +32,14 @@ def tool_steps(
     """Return what the loop of tools asks, the checked conversation and the tools."""
     from .tools import normalize_tools
 
+    if "stream" in options:
+        raise ParameterError("stream: not with run_tools, which returns when all answers are there")
     found = normalize_tools(tools)
     first = options.pop("tool_choice", None)
     choices = iter([first])
 
     def ask(history: list[dict[str, Any]]) -> _Answer:
-        choice = next(choices, "none" if first == "none" else "auto")
+        choice = next(choices, "none" if first == "none" else None)
         return create(history, tools=found, tool_choice=choice, **options)
 
     return ask, check_messages(messages), found
@@ -102,7 +105,7 @@ class ChatMethods:
             Keep more than one call.
         chat_template
             Instead of the model's: a Jinja template as text or file, the name of a further one in
-            the GGUF, or ``"chatml"``.
+            the GGUF, or of a format such as ``"chatml"``, which also ends answers at its marks.
         chat_template_kwargs
             Variables for the template.
         add_generation_prompt
@@ -110,7 +113,8 @@ class ChatMethods:
         continue_final_message
             Let the model go on with the last message, the assistant's; the answer is what follows.
         enable_thinking
-            Whether a template that can tells the model to think; the default is the template's.
+            Whether a template that can tells the model to think. None, the default, is True to the
+            template, as in llama.cpp; some then think that do not unless they are told to.
         reasoning_format
             ``"auto"`` puts thinking into ``message.reasoning_content``, ``"none"`` leaves it in
             the content; also llama.cpp's ``"deepseek"`` and ``"deepseek-legacy"``.
@@ -123,7 +127,8 @@ class ChatMethods:
         not to be had together with calls.
 
         Raises as `create_completion`; `ChatTemplateError` for a conversation that the template
-        refuses, naming the message; `ChatParseError` for calls that are not in its format.
+        refuses, naming the message; `ChatParseError`, with the ``text``, for an answer that ends
+        within a call, or that had to be one and is none; `SchemaError` for a tool's parameters.
         """
         self._require_text()
         request, plan = self._chats.request(messages, max_tokens, stream=stream, **options)

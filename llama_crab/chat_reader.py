@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -39,22 +41,28 @@ class ChatPlan:
     """How the answers of one request are read. Thread-safety: immutable.
 
     ``format`` is the prompt whose parser reads them, None where they are plain text; ``fallback``
-    makes a parser of the tool calls in their content. ``hidden_stops`` are stop strings of the
-    format, no business of the caller. ``before`` is the part of the content that the prompt has.
+    makes a parser of the tool calls in their content. With ``must_call`` a whole answer is a call;
+    ``bare_call`` is a pattern of how calls begin where they have no mark. ``hidden_stops`` are stop
+    strings and tokens of the format, no business of the caller. ``before`` is the part of the
+    content that the prompt has.
     """
 
     format: _core.ChatPrompt | None = None
     fallback: Callable[[], Parser] | None = None
-    has_tools: bool = False
     parallel_tool_calls: bool = False
     output: StructuredOutput | None = None
-    hidden_stops: frozenset[str] = frozenset()
+    hidden_stops: frozenset[str | int] = frozenset()
     before: str = ""
+    bare_call: str | None = None
+    must_call: bool = False
 
     @property
     def is_plain(self) -> bool:
         """Whether an answer's text is its content."""
         return self.format is None and self.fallback is None
+
+
+_TEXTS = ("content", "reasoning_content", "name", "arguments")
 
 
 @dataclass(slots=True)
@@ -69,7 +77,7 @@ class ChatReader:
 
     __slots__ = (
         *("_calls", "_content", "_error", "_fallback", "_id", "_is_finished", "_parser", "_plan"),
-        *("_reasoning", "n_read"),
+        *("_raw", "_reasoning", "_told", "n_read"),
     )
 
     def __init__(self, plan: ChatPlan, id: str) -> None:
@@ -84,6 +92,8 @@ class ChatReader:
         self._calls: list[_Call] = []
         self._error: ChatParseError | None = None
         self._is_finished = False
+        self._raw: list[str] = []
+        self._told: list[str] = []
         self.n_read = 0
 
     def push(self, text: str) -> ChatDelta:
@@ -92,13 +102,13 @@ class ChatReader:
         if self._plan.is_plain:
             self._content.append(text)
             return ChatDelta(content=text)
-        return self._delta(self._deltas(text), "")
+        return self._delta(self._deltas(text))
 
     def finish(self, finish_reason: str | None, text: str = "") -> ChatDelta:
         """Take the last piece, and the end.
 
-        Raises `ChatParseError` when a whole answer with tools is not in its format; of one that was
-        cut, what was understood stays.
+        What does not fit the format is content, as the model wrote it. Raises `ChatParseError`,
+        which has the ``text``, where that would be half a call, or where a call was asked for.
         """
         if self._error is not None:
             raise self._error
@@ -109,25 +119,61 @@ class ChatReader:
             return self.push(text)
         self.n_read += len(text)
         deltas = self._deltas(text)
-        content = ""
+        error: ChatParseError | None = None
         try:
             if self._parser is not None:
                 deltas += self._content_read(self._parser.finish())
             if self._fallback is not None:
                 deltas += self._fallback.finish()
-        except ChatParseError as error:
-            if finish_reason == "stop" and self._plan.has_tools:
-                self._error = error
-                raise
-        return self._delta(deltas, content)
+        except ChatParseError as reason:
+            error = reason
+        delta = self._delta(deltas)
+        bare = self._plan.bare_call
+        if error is None and (bare is None or self._calls):
+            return delta
+        # A call that was cut is told as far as it got.
+        is_open = bool(self._calls) and not self._calls_are_whole()
+        if error is not None and finish_reason == "stop" and (is_open or self._plan.must_call):
+            error.text = "".join(self._raw)
+            self._error = error
+            raise error
+        rest = "" if is_open else self._untold()
+        last = self._delta(self._rest_read(rest, bare) if rest.strip() else [])
+        return ChatDelta(
+            None,
+            (delta.content or "") + (last.content or "") or None,
+            delta.reasoning_content,
+            delta.tool_calls or last.tool_calls,
+        )
+
+    def _rest_read(self, rest: str, bare: str | None) -> list[Mapping[str, Any]]:
+        """Return text that does not fit the format as content, up to a call without a mark."""
+        call = re.search(bare, rest) if bare is not None and not self._calls else None
+        if call is not None and self._plan.format is not None:
+            try:
+                found = self._plan.format.parse(rest[call.start() :])["tool_calls"]
+            except ChatParseError:
+                found = []
+            if found:
+                before = [{"content": rest[: call.start()]}] if call.start() else []
+                return [*before, {"index": 0, **found[0]}]
+        return [{"content": rest}]
 
     def finish_reason(self, reason: str | None) -> ChatFinishReason:
         """Return the public reason for the engine's."""
-        if reason == "stop" and self._calls:
+        if reason == "stop" and self._calls and self._calls_are_whole():
             return "tool_calls"
         if reason == "stop":
             return "stop"
         return "length" if reason == "length" else "cancelled"
+
+    def _calls_are_whole(self) -> bool:
+        """Tell whether no stop string has cut the last call."""
+        try:
+            json.loads("".join(self._calls[-1].arguments).strip() or "{}")
+        except (ValueError, RecursionError):
+            return False
+        return True
 
     def message(self) -> ChatMessage:
         """Return everything read so far."""
@@ -146,12 +192,8 @@ class ChatReader:
         message = self.message()
         parsed, invalid, incomplete = None, None, output is not None
         if output is not None and choice.finish_reason == "stop":
-            text = message.content or ""
-            # White space between thinking and the answer is not the answer's.
-            text = text.lstrip() if self._plan.format is not None else text
-            parsed, invalid, incomplete = output.read(
-                self._plan.before + text, at_end=choice.stop_reason is None
-            )
+            text = self._plan.before + (message.content or "")
+            parsed, invalid, incomplete = self._read(output, text, choice.stop_reason is None)
         is_hidden = choice.stop_reason in self._plan.hidden_stops
         return ChatChoice(
             index=index,
@@ -165,10 +207,33 @@ class ChatReader:
             _invalid=invalid,
         )
 
+    def _read(self, output: StructuredOutput, text: str, at_end: bool) -> Any:
+        """Return what an answer of a form says, and whether it was cut."""
+        if not self._plan.before and self._has_thought():
+            # White space between thinking and the answer is not the answer's, unless it has to be.
+            stripped = text.lstrip()
+            for n in range(len(text) - len(stripped), -1, -1):
+                parsed, invalid, incomplete = output.read(text[n:])
+                if not incomplete:
+                    return parsed, invalid, incomplete
+            return output.read(stripped, at_end=at_end)
+        return output.read(text, at_end=at_end)
+
+    def _has_thought(self) -> bool:
+        if self._plan.format is None:
+            return False
+        raw = "".join(self._raw)
+        return any(tag in raw for tag in self._plan.format.thinking_end_tags)
+
     def _deltas(self, text: str) -> list[Mapping[str, Any]]:
+        self._raw.append(text)
         if self._parser is None:
             return [] if self._fallback is None else self._fallback.push(text)
-        return self._content_read(self._parser.push(text))
+        try:
+            return self._content_read(self._parser.push(text))
+        except ChatParseError as error:
+            error.text = "".join(self._raw)
+            raise
 
     def _content_read(self, deltas: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Return a parser's deltas with the calls that the fallback finds in their content."""
@@ -179,10 +244,11 @@ class ChatReader:
             found += self._fallback.push(delta["content"]) if "content" in delta else [delta]
         return found
 
-    def _delta(self, deltas: list[Mapping[str, Any]], content: str) -> ChatDelta:
-        reasoning = ""
+    def _delta(self, deltas: list[Mapping[str, Any]]) -> ChatDelta:
+        content, reasoning = "", ""
         calls: dict[int, ToolCallDelta] = {}
         for delta in deltas:
+            self._told += [text for text in map(delta.get, _TEXTS) if text]
             if "content" in delta:
                 content += delta["content"]
             elif "reasoning_content" in delta:
@@ -195,6 +261,19 @@ class ChatReader:
         if reasoning:
             self._reasoning.append(reasoning)
         return ChatDelta(None, content or None, reasoning or None, tuple(calls.values()))
+
+    def _untold(self) -> str:
+        """Return the answer behind the last text of it that is in the message."""
+        raw = "".join(self._raw)
+        n_told = 0
+        for text in self._told:
+            # The first may begin in the prompt.
+            for each in (text, text.strip()):
+                at = raw.find(each, n_told) if each else -1
+                if at >= 0:
+                    n_told = at + len(each)
+                    break
+        return raw[n_told:]
 
     def _add_call(self, delta: Mapping[str, Any], told: dict[int, ToolCallDelta]) -> None:
         index = delta["index"]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from . import _core
 from .chat import ChatMessage, check_messages
+from .chat_formats import ChatFormat, chat_format
+from .chat_grammar import bare_call, bare_trigger, call_grammar, triggers, without_text_before
 from .chat_reader import ChatPlan, Parser
 from .chat_reasoning import (
     after_thinking,
@@ -25,7 +25,7 @@ from .chat_reasoning import (
     thinks_first,
 )
 from .engine.request import Request
-from .errors import ChatTemplateError
+from .errors import ChatParseError, ChatTemplateError
 from .params import LlamaParams, ParameterError
 from .request_builder import CompletionOptions, RequestBuilder
 from .sampling import SamplerChain
@@ -42,18 +42,13 @@ _REASONING_FORMATS = ("none", "auto", "deepseek", "deepseek-legacy")
 _NOT_FOR_CHATS = {
     "echo": "the prompt is made by the chat template",
     "suffix": "the prompt is made by the chat template",
+    "callback": "use stream=True",
     "session": "it appends text as it is, and a template writes a conversation anew; what was "
     "computed is reused without one",
 }
 _FORMS = ("response_format", "grammar", "regex", "choices", "lark")
 # What a format does not touch is read without a parser.
 _PLAIN = " Plain <b>text</b> {1}\n"
-# Some of llama-common's grammars allow more than one call in any case; and where its grammar of a
-# required call lets text come first, which may go on for ever.
-_MORE_CALLS = re.compile(r"^(tool-calls ::= )\((tool-call space)\)\+$", re.MULTILINE)
-_TEXT_BEFORE_CALL = re.compile(
-    r"^(root ::= .*?)\buntil-\d+\??\s+((?:space )?[\w-]*tool-call)", re.M
-)
 
 
 class ChatOptions(CompletionOptions, total=False):
@@ -97,7 +92,15 @@ class ChatRequests:
 
         Raises `ChatTemplateError` for a template that does not parse, `ParameterError`.
         """
-        source = self._source(chat_template)
+        return self.parsed(self.chat_format(chat_template))
+
+    def chat_format(self, chat_template: str | os.PathLike[str] | None) -> ChatFormat:
+        """Return the template that is asked for, and its stops."""
+        return chat_format(chat_template, self._model)
+
+    def parsed(self, form: ChatFormat) -> _core.ChatTemplates:
+        """Return a format's template, made once."""
+        source = form.template
         with self._lock:
             found = self._templates.get(source)
             if found is None:
@@ -107,27 +110,6 @@ class ChatRequests:
                     self._templates.popitem(last=False)
             self._templates.move_to_end(source)
         return found
-
-    def _source(self, chat_template: str | os.PathLike[str] | None) -> str:
-        if chat_template is None:
-            return ""
-        if isinstance(chat_template, os.PathLike):
-            return _file_text(Path(chat_template))
-        if not isinstance(chat_template, str):
-            raise ParameterError(f"chat_template: expected text or a path, not {chat_template!r}")
-        if "{{" in chat_template or "{%" in chat_template or "\n" in chat_template:
-            return chat_template
-        if chat_template == "chatml":
-            return chat_template
-        named = self._model.metadata.get(f"tokenizer.chat_template.{chat_template}")
-        if named is not None:
-            return str(named)
-        if chat_template and len(chat_template) < 1024 and Path(chat_template).is_file():
-            return _file_text(Path(chat_template))
-        raise ParameterError(
-            f"chat_template: {chat_template!r:.80} is no template text, no file, none of the "
-            "model's named templates and not 'chatml'"
-        )
 
     def format(self, messages: Messages, tools: Any = None, **options: Any) -> str:
         """Return the text of a prompt; see `Llama.format_chat`."""
@@ -157,12 +139,17 @@ class ChatRequests:
             if options.get(name) not in (None, False):
                 raise ParameterError(f"{name}: not for chats; {reason}")
             options.pop(name, None)
+        unknown = options.keys() - ChatOptions.__annotations__.keys()
+        if unknown:
+            raise TypeError(
+                f"create_chat_completion() got an unexpected keyword argument {min(unknown)!r}"
+            )
         checked = check_messages(messages)
         chat = _Chat(self, checked, tools, tool_choice, parallel_tool_calls, options)
         output = self._output(chat, options)
         chat.constrain(output, options, self._params)
         ids = chat.templates.tokenize(chat.prompt)
-        hidden = _add_stops(chat.prompt, options)
+        hidden = _add_stops((*chat.prompt.additional_stops, *chat.stops), self._vocab, options)
         if reasoning_budget is not None:
             budget = limit_reasoning(reasoning_budget, self._vocab, chat.prompt, len(ids))
             options["logits_processors"] = (*options.get("logits_processors", ()), budget)
@@ -184,15 +171,16 @@ class ChatRequests:
         output = structured_output(*form.values())
         if output is None:
             return None
+        asked = next(name for name in _FORMS if form[name] is not None)
         if chat.can_call:
             raise ParameterError(
-                f"{next(name for name in _FORMS if form[name] is not None)}: an answer that may "
+                f"{asked}: an answer that may "
                 "call tools cannot have a form of its own; use tool_choice='none', or ask for it "
                 "in a second request"
             )
         if not chat.before and not takes_form(chat.prompt):
             raise ParameterError(
-                "response_format: the template's format has marks of its own around the answer"
+                f"{asked}: the template's format has marks of its own around the answer"
             )
         if output.lark is not None:
             if is_thinking(chat.prompt):
@@ -213,12 +201,17 @@ class _Chat:
         parallel: bool,
         options: dict[str, Any],
     ) -> None:
-        self.templates = requests.templates(options.pop("chat_template", None))
+        form = requests.chat_format(options.pop("chat_template", None))
+        self.templates = requests.parsed(form)
+        self.stops = form.stops
         self.parallel = _flag("parallel_tool_calls", parallel)
         self.mode, self.name = "none", None
         self.fallback: Any = None
         self.opening: tuple[str, str, list[str]] | None = None
         self.before = ""
+        self.tools: list[Tool] = []
+        self.bare: _core.ChatPrompt | None = None
+        self.bare_head: str | None = None
         found: list[Tool] = []
         if tools or tool_choice is not None:
             from .tools import normalize_tool_choice, normalize_tools
@@ -232,7 +225,7 @@ class _Chat:
             if not able["supports_tools"]:
                 from .tools import ToolFallback
 
-                choice = self.name or self.mode
+                choice = self.mode if self.name is None else _named(self.name)
                 self.fallback = ToolFallback(found, choice, self.parallel)
                 messages = self.fallback.with_system_text(messages)
                 found = []
@@ -248,6 +241,10 @@ class _Chat:
             # The model is told of all tools; the grammar is that of one.
             one = [tool.to_dict() for tool in found if tool.name == self.name]
             self.format = _render(self.templates, messages, {**render, "tools": json.dumps(one)})
+        self.tools = found
+        if found and self.mode == "auto" and not self.prompt.grammar:
+            # The calls have no mark that could wake a grammar.
+            self.bare = _render(self.templates, messages, {**render, "tool_choice": "required"})
 
     @property
     def can_call(self) -> bool:
@@ -291,15 +288,19 @@ class _Chat:
                     gbnf = after_thinking(gbnf, prompt)
                 return chain.grammar(gbnf)
             return chain.grammar_lazy(gbnf, trigger_patterns=[self.fallback.trigger])
-        if not prompt.grammar:
+        tools = [tool for tool in self.tools if self.name in (None, tool.name)]
+        given = prompt.grammar if self.bare is None else self.bare.grammar
+        gbnf = call_grammar(given, tools, parallel=self.parallel)
+        if self.bare is not None:
+            gbnf, head = bare_call(gbnf, tools)
+            self.bare_head = head
+            return chain.grammar_lazy(gbnf, trigger_patterns=[bare_trigger(head)])
+        if not gbnf:
             return chain
-        gbnf = prompt.grammar
-        if not self.parallel:
-            gbnf = _MORE_CALLS.sub(r"\1\2", gbnf)
         if prompt.grammar_lazy and self.mode == "auto":
-            patterns, tokens = _triggers(prompt)
+            patterns, tokens = triggers(prompt)
             return chain.grammar_lazy(gbnf, trigger_patterns=patterns, trigger_tokens=tokens)
-        return chain.grammar(_TEXT_BEFORE_CALL.sub(r"\1\2", gbnf))
+        return chain.grammar(without_text_before(gbnf))
 
     def special_tokens(self, vocab: _core.Vocab) -> list[int]:
         """Return the tokens that the parser needs to see."""
@@ -318,9 +319,12 @@ class _Chat:
         prompt = self.prompt
         if prompt.supports_thinking or (self.can_call and self.fallback is None):
             return False
-        return bool(prompt.parse(_PLAIN)["content"] == self.before + _PLAIN)
+        try:
+            return bool(prompt.parse(_PLAIN)["content"] == self.before + _PLAIN)
+        except ChatParseError:
+            return False
 
-    def plan(self, output: StructuredOutput | None, hidden: Sequence[str]) -> ChatPlan:
+    def plan(self, output: StructuredOutput | None, hidden: Sequence[str | int]) -> ChatPlan:
         """Return how the answers are read."""
         parser: Callable[[], Parser] | None = None
         if self.fallback is not None and self.can_call:
@@ -328,7 +332,8 @@ class _Chat:
         return ChatPlan(
             format=None if self._is_plain else self.format,
             fallback=parser,
-            has_tools=self.can_call,
+            must_call=self.mode == "required",
+            bare_call=self.bare_head,
             parallel_tool_calls=self.parallel,
             output=output,
             hidden_stops=frozenset(hidden),
@@ -381,28 +386,27 @@ def _render(
     raise ChatTemplateError(f"{where}: {reason.args[0]}", log=reason.log) from None
 
 
-def _triggers(prompt: _core.ChatPrompt) -> tuple[list[str], list[int]]:
-    patterns, tokens = [], []
-    for kind, value, token in prompt.grammar_triggers:
-        if kind == "token" and token is not None:
-            tokens.append(token)
-        elif kind == "word":
-            patterns.append(re.sub(r"([.^$|()*+?\[\]{}\\/])", r"\\\1", value))
-        elif kind == "pattern_full":
-            patterns.append(f"^{value.removeprefix('^').removesuffix('$')}$")
-        else:
-            patterns.append(value)
-    return patterns, tokens
+def _named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
-def _add_stops(prompt: _core.ChatPrompt, options: dict[str, Any]) -> list[str]:
-    own = options.get("stop", ())
+def _add_stops(
+    stops: Sequence[str], vocab: _core.Vocab, options: dict[str, Any]
+) -> list[str | int]:
+    """Add a format's stops to the options, and return those that only it asks for."""
+    own, own_ids = options.get("stop") or (), options.get("stop_tokens", ())
     own = (own,) if isinstance(own, str) else own
-    if not prompt.additional_stops or not isinstance(own, Iterable):
+    if not stops or not isinstance(own, Iterable) or not isinstance(own_ids, Iterable):
         return []
-    own = tuple(own)
-    options["stop"] = (*own, *prompt.additional_stops)
-    return [stop for stop in prompt.additional_stops if stop not in own]
+    own, own_ids = tuple(own), tuple(own_ids)
+    options["stop"] = (*own, *stops)
+    # A special token is not in the text, where a stop string is looked for.
+    ids = [ids[0] for stop in stops if len(ids := vocab.tokenize(stop, False, True)) == 1]
+    ids = [token for token in ids if not vocab.piece(token, False)]
+    if ids:
+        options["stop_tokens"] = (*own_ids, *ids)
+    given = {*own, *own_ids}
+    return [*[stop for stop in stops if stop not in given], *[t for t in ids if t not in given]]
 
 
 def _last_text(messages: list[dict[str, Any]]) -> str:
@@ -423,10 +427,3 @@ def _json(name: str, value: Any) -> str:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ParameterError(f"{name}: not JSON: {error}") from None
-
-
-def _file_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ParameterError(f"chat_template: cannot read {path}: {error}") from error

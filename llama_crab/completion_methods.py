@@ -153,6 +153,7 @@ class CompletionMethods:
             for chunk in job:
                 if callback is not None and callback(chunk) is False:
                     job.close()
+                    break
             return job.result()
 
     def submit(

@@ -176,7 +176,12 @@ class ChatTemplateError(LlamaCrabError, ValueError):
 
 
 class ChatParseError(LlamaCrabError, ValueError):
-    """An output is not in the format that its chat template asks of the model."""
+    """An output is not in the format that its chat template asks of the model.
+
+    ``text`` is the answer as the model wrote it, "" where it is not known.
+    """
+
+    text: str = ""
 
 
 class ToolError(LlamaCrabError, ValueError):

@@ -35,7 +35,7 @@ class CompletionOptions(TypedDict, total=False):
 
     sampler: SamplerChain | None
     seed: int | None
-    stop: str | Iterable[str]
+    stop: str | Iterable[str] | None
     stop_tokens: Iterable[int]
     include_stop: bool
     min_tokens: int
@@ -88,7 +88,7 @@ class RequestBuilder:
         n_news_max: int = 0,
         sampler: SamplerChain | None = None,
         seed: int | None = None,
-        stop: str | Iterable[str] = (),
+        stop: str | Iterable[str] | None = (),
         stop_tokens: Iterable[int] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
@@ -119,6 +119,7 @@ class RequestBuilder:
         """
         begin_us = _core.time_us()
         tokens, text = self.prompt_tokens(prompt, suffix, session)
+        stop = () if stop is None else stop
         if not isinstance(stop, Iterable):
             raise ParameterError(f"stop: expected strings, not {stop!r}")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)

@@ -72,10 +72,16 @@ def run_tool_loop(
     warnings of ``llama_crab.tools``. An answer that is cut (finish reason ``"length"``) ends the
     loop, and its calls are not run. Only the first choice counts.
 
-    Raises `ParameterError` for tools without a function and for `max_steps` below 1, and whatever
-    `ask` raises.
+    Raises `ParameterError` for tools without a function or with an asynchronous one and for
+    `max_steps` below 1, and whatever `ask` raises.
     """
     known = _checked(tools, max_steps)
+    for i, tool in enumerate(tools):
+        if tool.is_async:
+            # No model can do anything about it.
+            raise ParameterError(
+                f"tools[{i}]: {tool.name!r} is asynchronous; use AsyncLlama, or arun_tool_loop"
+            )
     history = [dict(message) for message in messages]
     n_steps = 0
     while n_steps < max_steps:
@@ -133,6 +139,7 @@ def _told(completion: _Answer, history: _Messages) -> Sequence[_Call]:
     if not calls:
         # Calls without results, perhaps half of one: no template takes them.
         message.pop("tool_calls", None)
+        message["content"] = message.get("content") or ""
     history.append(message)
     return calls
 

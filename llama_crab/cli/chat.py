@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from ..errors import ContextLengthError, LlamaCrabError
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--max-tokens", type=int, help=help_)
     parser.add_argument("--no-markdown", action="store_true", help="show answers as plain text")
     group = parser.add_argument_group("template")
-    help_ = "a built-in one or a file (default: the model's)"
+    help_ = "a format such as chatml or llama3, or a file (default: the model's)"
     group.add_argument("--chat-template", metavar="NAME|FILE", help=help_)
     thinking = group.add_mutually_exclusive_group()
     thinking.add_argument(
@@ -111,7 +112,8 @@ def main(args: argparse.Namespace) -> int:
             _answer_all(chat, reader)
         else:
             screen.note(f"{llama.model.desc}, {llama.n_ctx} tokens of context; /help for help")
-            _talk(chat, reader, screen)
+            with closing(reader):
+                _talk(chat, reader, screen)
     return 0
 
 
@@ -312,11 +314,11 @@ class Chat:
                 self.conversation.exchanges.append(last)
 
     def _save(self, argument: str) -> None:
-        self.conversation.save(Path(argument).expanduser(), self._llama.model.desc)
+        self.conversation.save(_path(argument), self._llama.model.desc)
         self._screen.note(f"saved {_count(len(self.conversation.exchanges))} to {argument}")
 
     def _load(self, argument: str) -> None:
-        self.conversation = Conversation.load(Path(argument).expanduser())
+        self.conversation = Conversation.load(_path(argument))
         self._screen.note(f"loaded {_count(len(self.conversation.exchanges))} from {argument}")
 
     def _set_system(self, argument: str) -> None:
@@ -342,6 +344,13 @@ class Chat:
 
         n_used = self.count_prompt("") if self.conversation.exchanges else 0
         self._screen.note(stats_text(self._llama, self.conversation, n_used, self._last))
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~name of somebody who is not there
+        raise ValueError(f"{text}: {error}") from None
 
 
 def _next(stream: ChatStream, interrupts: Interrupts | None) -> ChatCompletionChunk | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import sys
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _PROMPT, _MORE = "> ", "... "
 _QUOTES = '"""'
 _HISTORY_LINES = 1000
+# Seconds: soon, and still there when the machine was busy.
+_ROUSING_DELAYS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 class MessageReader:
@@ -28,7 +31,7 @@ class MessageReader:
     A message is a line. One that ends with a backslash goes on in the next line, and between
     ``\"\"\"`` there may be any lines; the end of the input ends any of them.
 
-    Thread-safety: none.
+    At a terminal, Ctrl-C raises KeyboardInterrupt. Thread-safety: none.
     """
 
     def __init__(self, history: Path | None = None) -> None:
@@ -38,6 +41,12 @@ class MessageReader:
         self._readline: Any = None
         if self.is_terminal and sys.stdout.isatty():
             self._readline = _start_readline(history)
+        self._rouser = Rouser() if self.is_terminal else None
+
+    def close(self) -> None:
+        """Give the signals back. Idempotent."""
+        if self._rouser is not None:
+            self._rouser.close()
 
     def read(self) -> tuple[str, bool]:
         """Return the next message, and whether it is a command. Raises EOFError at the end."""
@@ -115,6 +124,56 @@ def _save_history(readline: Any, path: Path | None) -> None:
             os.replace(copy, path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+class Rouser:
+    """Sees to it that Ctrl-C ends the wait for a key, also when it comes just before it.
+
+    Python keeps a signal until the wait returns, and only a signal during the wait ends it. So
+    another one, which does nothing else, follows several times. Thread-safety: none.
+    """
+
+    def __init__(self) -> None:
+        self._writer = -1
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main or not hasattr(signal, "pthread_kill"):  # Windows
+            return
+        # The one signal that is ignored where nobody handles it, so that a late one does no harm.
+        self._before: Any = signal.signal(signal.SIGURG, _do_nothing)
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=_rouse, args=(reader,), daemon=True).start()
+
+    def close(self) -> None:
+        """Give the signals back. Idempotent."""
+        if self._writer >= 0:
+            signal.set_wakeup_fd(-1)
+            os.close(self._writer)  # which ends the thread
+            self._writer = -1
+            signal.signal(signal.SIGURG, self._before)
+
+
+def _rouse(reader: int) -> None:
+    sleeper = threading.main_thread().ident
+    assert sleeper is not None
+    delays: list[float] = []
+    while True:
+        ready, _, _ = select.select([reader], [], [], delays[0] if delays else None)
+        if not ready:
+            del delays[0]
+            signal.pthread_kill(sleeper, signal.SIGURG)
+            continue
+        numbers = os.read(reader, 512)
+        if not numbers:
+            break
+        if signal.SIGINT in numbers:
+            delays = [*_ROUSING_DELAYS]
+    os.close(reader)
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 class Interrupts:

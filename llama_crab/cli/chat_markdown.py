@@ -14,8 +14,9 @@ from rich.text import Text
 
 from .chat_screen import safe_text
 
-_LEAST_REDRAW_SEC = 0.1
-# Of the time at most so much goes into drawing; the model waits meanwhile.
+_LEAST_REDRAW_SEC, _MOST_REDRAW_SEC = 0.1, 1.0
+# Of the time at most so much goes into drawing, since the model waits meanwhile; but what nobody
+# sees growing looks as if it had stopped, so that a block of any length is drawn once a second.
 _DRAWING_SHARE = 0.05
 
 
@@ -37,6 +38,7 @@ class MarkdownScreen:
     def begin(self) -> None:
         """Be ready for an answer."""
         self._text, self._is_reasoning, self._is_first = "", False, True
+        self._next_draw = 0.0
         self._live = Live(
             console=self._console,
             auto_refresh=False,
@@ -75,11 +77,13 @@ class MarkdownScreen:
             self._print(self._live, self._text)
             self._text, self._is_reasoning = "", is_reasoning
         self._text += safe_text(text)
-        now = time.perf_counter()
-        if now >= self._next_draw:
+        if time.perf_counter() >= self._next_draw:
+            # Work, not the time in which a terminal took nothing, as one that is held with Ctrl-S.
+            before = time.thread_time()
             self._draw(self._live)
-            end = time.perf_counter()
-            self._next_draw = end + max(_LEAST_REDRAW_SEC, (end - now) / _DRAWING_SHARE)
+            pause = (time.thread_time() - before) / _DRAWING_SHARE
+            pause = max(_LEAST_REDRAW_SEC, min(pause, _MOST_REDRAW_SEC))
+            self._next_draw = time.perf_counter() + pause
 
     def _draw(self, live: Live) -> None:
         cut = _whole_lines(self._text) if self._is_reasoning else _whole_blocks(self._text)

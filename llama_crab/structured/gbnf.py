@@ -125,16 +125,19 @@ class Rules:
         """Tell whether some finite text matches the rule."""
         return self._possible()[rule]
 
-    def to_gbnf(self, root: int) -> str:
-        """Return the grammar, with ``root`` for the rule `root`, which must be possible."""
+    def to_gbnf(self, root: int, name: str = "root", prefix: str = "r") -> str:
+        """Return the grammar, with `name` for the rule `root`, which must be possible.
+
+        The others are called `prefix` and a number.
+        """
         possible = self._possible()
-        names = {root: "root"}
+        names = {root: name}
         todo = [root]
         lines = []
 
         def name_of(rule: int) -> str:
             if rule not in names:
-                names[rule] = f"r{len(names)}"
+                names[rule] = f"{prefix}{len(names)}"
                 todo.append(rule)
             return names[rule]
 

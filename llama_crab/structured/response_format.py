@@ -17,6 +17,7 @@ from .json_grammar import schema_to_gbnf
 from .json_text import plain
 from .keywords import TYPES
 from .regex import emit, parse_regex
+from .resolve import Resolver
 
 _JSON_OBJECT = '{"type": "object"}'
 _SCHEMA_FIELDS = frozenset({"name", "schema", "strict", "description"})
@@ -194,12 +195,22 @@ def _dumps(schema: Any) -> str:
 
 @lru_cache(_N_KEPT)
 def _of_schema(text: str) -> StructuredOutput:
-    return StructuredOutput(schema_to_gbnf(json.loads(text)), _document)
+    schema = json.loads(text)
+
+    def parse(text: str, at_end: bool) -> Any:
+        return _document(schema, text, at_end)
+
+    return StructuredOutput(schema_to_gbnf(schema), parse)
 
 
-def _document(text: str, at_end: bool) -> Any:
-    del at_end
-    return json.loads(text)
+def _document(schema: Any, text: str, at_end: bool) -> Any:
+    """Return the document, which may stop within a number: 12 of 123. Raises ValueError."""
+    value = json.loads(text)
+    if not at_end:
+        resolver = Resolver(schema)
+        if not resolver.allows(resolver.root, value):
+            raise ValueError(text)
+    return value
 
 
 def _of_type(wanted: Any) -> StructuredOutput:
@@ -242,15 +253,14 @@ def _of_class(wanted: Any) -> StructuredOutput:
         raise ParameterError(f"response_format: {name}: {error}") from error
 
     def parse(text: str, at_end: bool) -> Any:
-        del at_end
+        _document(schema, text, at_end)
         try:
             return adapter.validate_json(text)
         except pydantic.ValidationError as error:
-            if any(each["type"] == "json_invalid" for each in error.errors(include_url=False)):
-                json.loads(text)  # raises where it stops before its end
             message = f"the answer does not validate as {name}: {error}"
             invalid = StructuredOutputError(message)
             invalid.text = text
             raise invalid from error
 
-    return StructuredOutput(schema_to_gbnf(json.loads(_dumps(schema))), parse)
+    schema = json.loads(_dumps(schema))
+    return StructuredOutput(schema_to_gbnf(schema), parse)

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SchemaError
 from ..params import ParameterError
 from ..structured.gbnf import Item, Rules, literal
-from ..structured.json_grammar import add_schema
+from .arguments import add_arguments
 from .fallback_parser import CLOSE, OPEN, FallbackParser
 from .tool import Tool, normalize_tool_choice
 
@@ -195,12 +194,7 @@ def _gbnf(tools: tuple[tuple[str, str], ...], lazy: bool, parallel: bool) -> str
     rules = Rules()
     calls: list[tuple[Item, ...]] = []
     for name, parameters in tools:
-        try:
-            arguments = add_schema(_closed(json.loads(parameters)), rules)
-        except SchemaError as error:
-            named = SchemaError(f"tool {name!r}: {error.args[0]}")
-            named.keyword, named.path = error.keyword, error.path
-            raise named from None
+        arguments = add_arguments(name, json.loads(parameters), rules)
         head = f'{{"name": {json.dumps(name)}, "arguments": '
         calls.append((literal(head), arguments, literal(f"}}\n{CLOSE}")))
     call = rules.add(calls)
@@ -212,15 +206,6 @@ def _gbnf(tools: tuple[tuple[str, str], ...], lazy: bool, parallel: bool) -> str
     if parallel:
         more = rules.repeat((literal(f"\n{OPEN}\n"), call), 0, None)
     return rules.to_gbnf(rules.add([(*begin, call, *more)]))
-
-
-def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a tool without parameters as one that allows none."""
-    # To JSON Schema, an object without declared properties is any object.
-    says_more = schema.keys() - {"type", "properties", "required", "title", "description"}
-    if says_more or schema.get("properties") or schema.get("required"):
-        return schema
-    return {**schema, "additionalProperties": False}
 
 
 def _dumps(value: Any) -> str:

@@ -58,6 +58,11 @@ class Tool:
         function["parameters"] = self.parameters
         return {"type": "function", "function": function}
 
+    @property
+    def is_async(self) -> bool:
+        """Whether the function has to be awaited."""
+        return self.function is not None and _is_async(self.function)
+
     def call(self, arguments: str) -> Any:
         """Call the function with arguments in JSON and return what it returns.
 
@@ -65,7 +70,7 @@ class Tool:
         for an asynchronous one; and whatever the function raises.
         """
         function, args, kwargs = self._prepared(arguments)
-        if _is_async(function):
+        if self.is_async:
             raise ToolError.of(self.name, "it is asynchronous: await acall, or use AsyncLlama")
         return function(*args, **kwargs)
 
@@ -157,9 +162,11 @@ def normalize_tool_choice(
     """Return ``"auto"``, ``"required"`` or ``"none"``, and the name of the only tool wanted.
 
     A choice is one of the three, the name of a tool, or OpenAI's mapping with one. None is
-    ``"auto"`` where there are tools, else ``"none"``. Raises `ParameterError` for anything else.
+    ``"auto"`` where there are tools, else ``"none"``, and so is ``"auto"``. Raises `ParameterError`
+    for anything else, and for text that may be either because a tool has such a name.
     """
-    if tool_choice is None:
+    names = [tool.name for tool in tools]
+    if tool_choice is None or (tool_choice == "auto" and not tools):
         return ("auto" if tools else "none"), None
     name: Any = tool_choice
     if isinstance(tool_choice, Mapping):
@@ -173,9 +180,14 @@ def normalize_tool_choice(
     elif tool_choice in _MODES:
         if tool_choice == "required" and not tools:
             raise ParameterError("tool_choice: a call is required, and there are no tools")
+        if tool_choice in names:
+            raise ParameterError(
+                f"tool_choice: {tool_choice!r} is the name of a tool, too; write "
+                "{'type': 'function', 'function': {'name': ...}} for it, None for 'auto'"
+            )
         return tool_choice, None
-    if name not in [tool.name for tool in tools]:
-        known = ", ".join([*_MODES, *(tool.name for tool in tools)])
+    if name not in names:
+        known = ", ".join([*_MODES, *names])
         raise ParameterError(f"tool_choice: {name!r:.80} is none of {known}")
     return "required", name
 

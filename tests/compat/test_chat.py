@@ -138,10 +138,7 @@ def test_named_formats_render(smol_cpp: Llama, monkeypatch: pytest.MonkeyPatch) 
         {"role": "assistant", "content": "A1"},
         {"role": "user", "content": "U2"},
     ]
-    prompts = {
-        name: smol_cpp.crab.format_chat(messages, chat_template=template)
-        for name, template in FORMATS.items()
-    }
+    prompts = {name: smol_cpp.crab.format_chat(messages, chat_template=name) for name in FORMATS}
     for prompt in prompts.values():
         places = [prompt.index(text) for text in ("S.", "U1", "A1", "U2")]
         assert places == sorted(places)

@@ -24,7 +24,7 @@ LAYERS: dict[str, int] = {
             *("request_builder", "lora", "model_identity", "mapping", "openai_fields"),
             *("embedding", "infill", "rerank", "structured", "tools", "tool_loop"),
             *("chat", "chat_handle", "chat_reader", "chat_reasoning", "chat_request"),
-            *("chat_stream",),
+            *("chat_formats", "chat_grammar", "chat_stream"),
         ),
         3,
     ),

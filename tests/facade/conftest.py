@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,3 +30,25 @@ def gemma_llama(gemma_path: Path) -> Iterator[Llama]:
 def tiny_llama(tiny_path: Path) -> Iterator[Llama]:
     with Llama(tiny_path, n_ctx=256, n_ubatch=16, n_batch=64, n_threads=1) as llama:
         yield llama
+
+
+@pytest.fixture
+def forced() -> Callable[..., Any]:
+    """Return what makes a logits processor that writes a text, whatever a grammar says.
+
+    Then the answer ends, or with ``end=False`` the model goes on.
+    """
+
+    def made(llama: Llama, text: str, *, end: bool = True) -> Callable[[Any, Any], None]:
+        ids = llama._vocab.tokenize(text, False, True)
+        left = iter([*ids, llama._vocab.eog_tokens[0]] if end else ids)
+
+        def force(tokens: Any, logits: Any) -> None:
+            token = next(left, None)
+            if token is not None:
+                logits[:] = float("-inf")
+                logits[token] = 0.0
+
+        return force
+
+    return made

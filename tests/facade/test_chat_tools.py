@@ -152,7 +152,7 @@ def test_only_one_call_is_kept_unless_several_are_wanted() -> None:
             return []
 
     for parallel in (False, True):
-        plan = ChatPlan(fallback=Two, has_tools=True, parallel_tool_calls=parallel)
+        plan = ChatPlan(fallback=Two, parallel_tool_calls=parallel)
         reader = ChatReader(plan, "x")
         reader.push("both")
         calls = reader.message().tool_calls

@@ -26,9 +26,13 @@ ENDLESS = "Write a long story about a dragon and a castle."
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals, pipes and terminals")
 
 
+def command(model: Path, *options: str) -> list[str]:
+    return [*COMMAND, str(model), *GREEDY, *options]
+
+
 def chat(model: Path, stdin: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, str(model), *GREEDY, *options],
+        command(model, *options),
         input=stdin,
         capture_output=True,
         text=True,
@@ -166,7 +170,7 @@ def test_a_template_that_is_none_is_told_before_any_message(smol_path: Path) -> 
 def start(model: Path, *options: str) -> subprocess.Popen[bytes]:
     """Start a process whose SIGINT is Python's, even below a shell that ignores it."""
     return subprocess.Popen(
-        [*COMMAND, str(model), *GREEDY, *options],
+        command(model, *options),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -193,9 +197,9 @@ def test_a_piped_chat_that_is_broken_off_ends_quietly(smol_path: Path, ending: s
 
 
 class Terminal:
-    """The command at a pseudo-terminal."""
+    """A program at a pseudo-terminal."""
 
-    def __init__(self, model: Path, cache: Path, *options: str) -> None:
+    def __init__(self, command: list[str], cache: Path) -> None:
         import pty
 
         env = {**os.environ, "TERM": "xterm-256color", "LLAMA_CRAB_CACHE": str(cache)}
@@ -203,7 +207,7 @@ class Terminal:
         self.pid, self._descriptor = pty.fork()
         if self.pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.execve(sys.executable, [*COMMAND, str(model), *GREEDY, *options], env)
+            os.execve(sys.executable, command, env)
         self.shown = ""
 
     def type(self, keys: str) -> None:
@@ -246,7 +250,7 @@ class Terminal:
 @pytest.fixture(params=["markdown", "plain"])
 def terminal(request: pytest.FixtureRequest, smol_path: Path, tmp_path: Path) -> Iterator[Terminal]:
     options = ["--no-markdown"] if request.param == "plain" else []
-    opened = Terminal(smol_path, tmp_path / "cache", *options)
+    opened = Terminal(command(smol_path, *options), tmp_path / "cache")
     yield opened
     opened.close()
 
@@ -278,7 +282,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal: Terminal, tmp_path: 
 def test_what_was_typed_is_there_again_and_private(smol_path: Path, tmp_path: Path) -> None:
     pytest.importorskip("readline")
     for keys, wanted in (("/system one\n", "one"), ("\x1b[A\n", "one")):
-        terminal = Terminal(smol_path, tmp_path)
+        terminal = Terminal(command(smol_path), tmp_path)
         terminal.wait_for("/help for help.*> $")
         terminal.type(keys)
         terminal.wait_for(f"system text: {wanted}.*> $")
@@ -291,9 +295,41 @@ def test_what_was_typed_is_there_again_and_private(smol_path: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["chat-history"]
 
 
+# A signal that another thread takes is, to the wait for a key, one that came before it began.
+EARLY = """
+import signal, threading
+from llama_crab.cli.chat_input import MessageReader
+
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+reader = MessageReader()
+for _ in range(3):
+    try:
+        print("typed", reader.read())
+    except KeyboardInterrupt:
+        print("interrupted")
+reader.close()
+print("SIGURG", signal.getsignal(signal.SIGURG) == signal.SIG_DFL)
+"""
+
+
+@POSIX
+def test_ctrl_c_before_the_wait_for_a_key_ends_it(tmp_path: Path) -> None:
+    terminal = Terminal([sys.executable, "-c", EARLY], tmp_path)
+    for _ in range(2):
+        terminal.wait_for("> $")
+        terminal.type("\x03")
+        terminal.wait_for("interrupted")
+    terminal.wait_for("> $")
+    terminal.type("word\n")
+    terminal.wait_for("typed .'word', False.*SIGURG True")
+    assert terminal.end() == 0
+    terminal.close()
+
+
 @POSIX
 def test_ctrl_c_drops_a_line_that_is_being_typed(smol_path: Path, tmp_path: Path) -> None:
-    terminal = Terminal(smol_path, tmp_path)
+    terminal = Terminal(command(smol_path), tmp_path)
     terminal.wait_for("/help for help.*> $")
     terminal.type("/exit and more")
     terminal.wait_for("and more")
@@ -301,7 +337,6 @@ def test_ctrl_c_drops_a_line_that_is_being_typed(smol_path: Path, tmp_path: Path
     assert "ends the chat" not in terminal.wait_for("> $")
     terminal.type('"""a\n')
     terminal.wait_for(r"\.\.\. $")
-    time.sleep(0.5)  # the prompt is shown before readline waits for keys
     terminal.type("\x03")
     assert "ends the chat" not in terminal.wait_for("> $")
     terminal.type("/exit\n")

@@ -233,6 +233,12 @@ def test_what_cannot_be_done_is_told_and_not_sent(desk: Desk, line: str) -> None
     assert desk.llama.asked == []
 
 
+@pytest.mark.parametrize("command", ["/save", "/load"])
+def test_the_folder_of_nobody_is_told(desk: Desk, command: str) -> None:
+    with pytest.raises(ValueError, match=r"^~nosuchuser/x: "):
+        desk.type(f"{command} ~nosuchuser/x")
+
+
 def test_system_is_set_shown_and_removed(desk: Desk) -> None:
     desk.type("/system", "/system Be brief. ", "hi", "/system", "/system -", "ho")
     assert desk.llama.asked[0][0] == {"role": "system", "content": "Be brief."}

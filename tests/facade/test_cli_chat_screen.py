@@ -78,14 +78,8 @@ class Terminal:
         return "\n".join(line.rstrip() for line in self.lines).rstrip("\n")
 
 
-def draw(
-    monkeypatch: pytest.MonkeyPatch, text: str, n: int, reasoning: str = "", pause: float = 0.0
-) -> tuple[str, str]:
-    """Return what is on the screen, and all that was written, for pieces of `n` characters."""
-    monkeypatch.setattr(chat_markdown, "_LEAST_REDRAW_SEC", pause)
-    monkeypatch.setattr(chat_markdown, "_DRAWING_SHARE", 1e9)
-    output = io.StringIO()
-    console = Console(
+def console_on(output: io.StringIO) -> Console:
+    return Console(
         file=output,
         force_terminal=True,
         width=WIDTH,
@@ -94,7 +88,16 @@ def draw(
         legacy_windows=False,
         _environ={},
     )
-    screen = MarkdownScreen(console)
+
+
+def draw(
+    monkeypatch: pytest.MonkeyPatch, text: str, n: int, reasoning: str = "", pause: float = 0.0
+) -> tuple[str, str]:
+    """Return what is on the screen, and all that was written, for pieces of `n` characters."""
+    monkeypatch.setattr(chat_markdown, "_LEAST_REDRAW_SEC", pause)
+    monkeypatch.setattr(chat_markdown, "_DRAWING_SHARE", 1e9)
+    output = io.StringIO()
+    screen = MarkdownScreen(console_on(output))
     screen.begin()
     for i in range(0, len(reasoning), n):
         screen.reasoning(reasoning[i : i + n])
@@ -128,6 +131,61 @@ def test_the_cost_does_not_grow_with_the_answer(monkeypatch: pytest.MonkeyPatch)
     long = len(draw(monkeypatch, paragraph * 50, 5)[1])
     assert long < 13 * short
     assert len(draw(monkeypatch, paragraph * 50, 5, pause=60.0)[1]) < 20_000
+
+
+class Clock:
+    """Time that passes only as told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.worked = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def thread_time(self) -> float:
+        return self.worked
+
+
+def test_a_terminal_that_stood_still_does_not_stop_the_drawing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Held(io.StringIO):
+        held, worked = 0.0, 0.0
+
+        def write(self, text: str) -> int:
+            clock.now += self.held
+            clock.worked += self.worked
+            return super().write(text)
+
+    clock = Clock()
+    monkeypatch.setattr(chat_markdown, "time", clock)
+    output = Held()
+    screen = MarkdownScreen(console_on(output))
+
+    def shows(word: str, after: float) -> bool:
+        clock.now += after
+        screen.content(f"{word} ")
+        return word in output.getvalue()
+
+    screen.begin()
+    output.held = 1.0
+    assert shows("one", 0.0)
+    output.held = 0.0
+    assert not shows("two", 0.05)
+    assert shows("three", 0.06)
+    # What takes long to draw is drawn less often, but each second.
+    output.worked = 0.01
+    assert shows("four", 0.11)
+    assert not shows("five", 0.15)
+    output.worked = 100.0
+    assert shows("six", 0.9)
+    assert not shows("seven", 0.9)
+    screen.end()
+    output.worked = 0.0
+    screen.begin()
+    assert shows("eight", 0.0)
+    screen.end()
 
 
 def test_reasoning_stands_before_the_answer_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

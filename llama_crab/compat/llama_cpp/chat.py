@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...chat import ROLES
+from ...chat_formats import FORMATS
 from ...params import ParameterError
-from .generation import token_limit
+from .generation import response_schema, token_limit
 from .llama_chat_format import template_of
+from .notices import refuse, warn_once
+from .rendered import complete_rendered
 from .shapes import chat_chunk, chat_logprobs_dict, logprobs_dict, usage_dict
 
 if TYPE_CHECKING:
     from ...chat import ChatChoice, ChatCompletion, ChatCompletionChunk, ToolCallDelta
     from .llama import Llama
+
+
+# What a conversation may hold here. Templates there see all keys, and hardly one looks at another.
+_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 
 
 def complete_chat(llama: Llama, given: Mapping[str, Any], **more: Any) -> Any:
@@ -22,27 +30,43 @@ def complete_chat(llama: Llama, given: Mapping[str, Any], **more: Any) -> Any:
     """
     options = llama._request_options(given)
     tools, tool_choice = _tools(given)
-    if tools:
-        options["tools"] = tools
-        if tool_choice is not None:
-            options["tool_choice"] = tool_choice
-    wanted = _response_format(given.get("response_format"))
+    wanted = response_schema(given.get("response_format"))
+    if tools and isinstance(tool_choice, Mapping):
+        # There, too, the tool's form takes the place of any other, and a format that of a grammar.
+        wanted = None
+        options.pop("grammar", None)
     if wanted is not None:
         options["response_format"] = wanted
-        # There, too, the format is the one that counts.
         options.pop("grammar", None)
+    has_form = wanted is not None or "grammar" in options
+    if tools:
+        options["tools"] = tools
+        if has_form and tool_choice in (None, "auto"):
+            tool_choice = "none"
+        if tool_choice is not None:
+            options["tool_choice"] = tool_choice
     n_top = _n_top_logprobs(given.get("logprobs"), given.get("top_logprobs"))
     if n_top is not None:
         options["logprobs"] = n_top
     if "chat_template" not in more:
         options["chat_template"] = template_of(llama, llama.chat_format)
-    # Programs that come from there expect a model's thoughts where the model wrote them.
-    options["reasoning_format"] = "none"
+    # Programs that come from there expect a model's thoughts where the model wrote them; but an
+    # answer of a form is that form and nothing else.
+    options["reasoning_format"] = "auto" if has_form else "none"
     options |= more
     messages = [_message_in(message) for message in given["messages"]]
     n_most = token_limit(given.get("max_tokens"))
     name = llama.model_path if given.get("model") is None else given["model"]
-    if given.get("stream"):
+    is_stream = bool(given.get("stream"))
+    strange = [message["role"] for message in messages if message.get("role") not in ROLES]
+    if strange and options["chat_template"] in FORMATS:
+        warn_once("messages", f"the format has no place for role {strange[0]!r:.80}; left out")
+        messages = [message for message in messages if message.get("role") in ROLES]
+    elif strange:
+        if tools:
+            refuse("messages", f"role {strange[0]!r:.80} is not to be had together with tools")
+        return complete_rendered(llama, messages, n_most, options, name, is_stream)
+    if is_stream:
         return _stream(llama, messages, n_most, options, name, isinstance(tool_choice, Mapping))
     completion = llama.crab.create_chat_completion(messages, n_most, **options)
     return chat_dict(completion, name)
@@ -131,13 +155,20 @@ def _message(choice: ChatChoice) -> dict[str, Any]:
 
 def _message_in(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message of the request, the older form of calls and results as the newer one."""
-    found = dict(message)
-    called = found.pop("function_call", None)
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ParameterError(f"messages: expected mappings with a role, not {message!r:.80}")
+    found = {name: message[name] for name in _FIELDS if message.get(name) is not None}
+    called = message.get("function_call")
     if called is not None and not found.get("tool_calls"):
         call = {"id": f"call_{called['name']}", "type": "function", "function": dict(called)}
         found["tool_calls"] = [call]
-    if found.get("role") == "function":
+    if found["role"] == "function":
         found |= {"role": "tool", "tool_call_id": f"call_{found.get('name', '')}"}
+    if "content" in message and not found.get("tool_calls"):
+        found.setdefault("content", "")
+    left_out = [name for name in message if name not in (*_FIELDS, "function_call")]
+    if any(message[name] for name in left_out):
+        warn_once("messages", f"{', '.join(map(str, left_out)):.80} of a message is not used")
     return found
 
 
@@ -173,17 +204,6 @@ def _tools(given: Mapping[str, Any]) -> tuple[Sequence[Any] | None, Any]:
             raise ParameterError(f"tool_choice: there is no tool {name!r}")
         choice = {"type": "function", "function": {"name": name}}
     return tools, choice
-
-
-def _response_format(wanted: Any) -> Any:
-    if not isinstance(wanted, Mapping):
-        return wanted
-    if wanted.get("type") == "text":
-        return None
-    if wanted.get("type") == "json_object" and wanted.get("schema") is not None:
-        schema = {"name": "answer", "schema": wanted["schema"]}
-        return {"type": "json_schema", "json_schema": schema}
-    return wanted
 
 
 def _n_top_logprobs(logprobs: Any, top_logprobs: int | None) -> int | None:

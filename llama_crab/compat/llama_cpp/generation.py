@@ -133,10 +133,23 @@ def token_limit(max_tokens: int | None) -> int | None:
 
 
 def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
-    """Return the stop strings; one, several, or None for none."""
+    """Return the stop strings; one, several, or None for none. Empty ones stop nothing."""
     if stop is None:
         return ()
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+    several = (stop,) if isinstance(stop, str) else stop
+    return tuple(each for each in several if each != "")
+
+
+def response_schema(wanted: Any) -> Any:
+    """Return our ``response_format`` for llama-cpp-python's; None where it asks for nothing."""
+    if not isinstance(wanted, Mapping):
+        return wanted
+    if wanted.get("type") == "text":
+        return None
+    if wanted.get("type") == "json_object" and wanted.get("schema") is not None:
+        schema = {"name": "answer", "schema": wanted["schema"]}
+        return {"type": "json_schema", "json_schema": schema}
+    return wanted
 
 
 def request_options(

@@ -319,6 +319,16 @@ class Llama(EmbeddingMethods, StateMethods):
         """Return the token of a newline, -1 where there is none."""
         return -1 if self._vocab.nl is None else self._vocab.nl
 
+    @property
+    def n_threads(self) -> int:
+        """Threads that generate."""
+        return self.crab.context.n_threads
+
+    @property
+    def n_threads_batch(self) -> int:
+        """Threads that compute prompts."""
+        return self.crab.context.n_threads_batch
+
     def n_ctx(self) -> int:
         """Return the number of tokens that the context holds."""
         return self._model.n_ctx_train if self._crab is None else self._crab.context.n_ctx

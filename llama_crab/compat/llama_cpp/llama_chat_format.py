@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...chat_formats import FORMATS
 from ...params import ParameterError
-from .generation import stop_strings
-from .notices import NotSupportedError, refuse
+from ...structured import structured_output
+from .generation import StoppingCriteriaList, response_schema, stop_strings
+from .llama_grammar import LlamaGrammar
+from .notices import NotSupportedError
 from .shapes import chat_chunks_of_text, chat_of_text
 
 if TYPE_CHECKING:
@@ -20,70 +24,13 @@ LlamaChatCompletionHandler = Callable[..., Any]
 _handlers: dict[str, LlamaChatCompletionHandler] = {}
 
 _DEFAULT = "chat_template.default"
-_CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# A system message goes in front of the first user's.
-_SYSTEM_FIRST = (
-    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
-    "{% set ns.system = m.content %}"
-)
-# What the makers of the models document, for files without a template of their own.
-FORMATS: dict[str, str] = {
-    "chatml": _CHATML,
-    "qwen": _CHATML,
-    "chatml-function-calling": _CHATML,
-    "llama-2": (
-        _SYSTEM_FIRST + "{% elif m.role == 'user' %}{{ bos_token }}[INST] "
-        "{% if ns.system %}<<SYS>>\n{{ ns.system }}\n<</SYS>>\n\n{% endif %}"
-        "{% set ns.system = '' %}"
-        "{{ m.content }} [/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
-    ),
-    "mistral-instruct": (
-        "{{ bos_token }}" + _SYSTEM_FIRST + "{% elif m.role == 'user' %}[INST] "
-        "{% if ns.system %}{{ ns.system }}\n\n{% set ns.system = '' %}{% endif %}"
-        "{{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
-    ),
-    "llama-3": (
-        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-        "{{ m.content }}<|eot_id|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-    ),
-    "gemma": (
-        "{{ bos_token }}" + _SYSTEM_FIRST + "{% else %}<start_of_turn>"
-        "{{ 'model' if m.role == 'assistant' else m.role }}\n"
-        "{% if ns.system %}{{ ns.system }}\n\n{% set ns.system = '' %}{% endif %}"
-        "{{ m.content }}<end_of_turn>\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-    ),
-    "zephyr": (
-        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-    ),
-    "vicuna": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }} "
-        "{% elif m.role == 'user' %}USER: {{ m.content }} "
-        "{% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-    ),
-    "alpaca": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
-        "{% elif m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
-        "{% else %}### Response:\n{{ m.content }}{{ eos_token }}\n\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}### Response:\n{% endif %}"
-    ),
-    "openchat": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
-        "{{ m.content }}<|end_of_turn|>{% else %}GPT4 Correct "
-        "{{ 'Assistant' if m.role == 'assistant' else 'User' }}: {{ m.content }}<|end_of_turn|>"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}GPT4 Correct Assistant:{% endif %}"
-    ),
-}
+# Where those of a handler that is called directly are not those of `Llama.create_completion`.
+_DEFAULTS = {"temperature": 0.2, "repeat_penalty": 1.1, "max_tokens": None}
+_OF_FORMATTERS = ("functions", "function_call", "tools", "tool_choice")
 
 
 def template_of(llama: Llama, name: str | None) -> str | None:
-    """Return the template of a ``chat_format``; None for the model file's own.
+    """Return the ``chat_template`` of a ``chat_format``; None for the model file's own.
 
     ``chat_template.NAME`` is the file's template of that name. Raises `ParameterError` for what
     the file does not have, `NotSupportedError` for names that are not in `FORMATS`.
@@ -91,13 +38,13 @@ def template_of(llama: Llama, name: str | None) -> str | None:
     if name is None or name == _DEFAULT:
         return None
     if name in FORMATS:
-        return FORMATS[name]
+        return name
     if name.startswith("chat_template."):
         found = llama.crab.model.chat_template(name.removeprefix("chat_template."))
         if found is None:
             raise ParameterError(f"chat_format: the model file has no {name}")
         return found
-    listed = ", ".join([*FORMATS, *_handlers])
+    listed = ", ".join(_names())
     raise NotSupportedError(
         f"chat_format: {name!r} is not one of {listed}; register_chat_format() adds one"
     )
@@ -125,11 +72,35 @@ def registered_handler(name: str | None) -> LlamaChatCompletionHandler | None:
     return None if name is None else _handlers.get(name)
 
 
+class LlamaChatCompletionHandlerNotFoundException(ParameterError):
+    """There is no handler of that name."""
+
+
 def get_chat_completion_handler(name: str) -> LlamaChatCompletionHandler:
-    """Return the handler that was registered under a name. Raises `ParameterError`."""
-    if name not in _handlers:
-        raise ParameterError(f"chat_format: no handler is registered as {name!r}")
-    return _handlers[name]
+    """Return the handler that was registered under a name, or the one of a format in `FORMATS`.
+
+    Raises `LlamaChatCompletionHandlerNotFoundException`, a ValueError.
+    """
+    if name in _handlers:
+        return _handlers[name]
+    if name in FORMATS:
+        return _handler_of_template(chat_template=name)
+    raise LlamaChatCompletionHandlerNotFoundException(
+        f"chat_format: no handler is registered as {name!r}, only {', '.join(_names())}"
+    )
+
+
+def _names() -> list[str]:
+    return [*FORMATS, *_handlers]
+
+
+def _handler_of_template(**options: Any) -> LlamaChatCompletionHandler:
+    from .chat import complete_chat
+
+    def handler(*, llama: Llama, **given: Any) -> Any:
+        return complete_chat(llama, {**_DEFAULTS, **given}, **options)
+
+    return handler
 
 
 def register_chat_completion_handler(
@@ -138,7 +109,7 @@ def register_chat_completion_handler(
     """Decorate a handler, which ``chat_format=name`` then calls."""
 
     def register(handler: LlamaChatCompletionHandler) -> LlamaChatCompletionHandler:
-        if name in _handlers and not overwrite:
+        if name in _names() and not overwrite:
             raise ParameterError(f"chat_format: {name!r} is registered already")
         _handlers[name] = handler
         return handler
@@ -161,52 +132,112 @@ def chat_formatter_to_chat_completion_handler(
 ) -> LlamaChatCompletionHandler:
     """Return a handler that completes the prompt which `formatter` makes.
 
-    Tools are up to the formatter; their calls are not read out of the answer.
+    What `Llama.create_completion` does not take is given to the formatter, too. Tools are up to it;
+    their calls are not read out of the answer.
     """
 
     def handler(*, llama: Llama, messages: Any, **given: Any) -> Any:
-        wanted = ("functions", "function_call", "tools", "tool_choice")
-        made = formatter(messages=messages, **{name: given.pop(name) for name in wanted})
+        given = {**_DEFAULTS, **given}
+        wanted = _json_form(given.pop("response_format", None))
+        if wanted is not None:
+            given["grammar"] = wanted
+        shown, n_top = given.pop("logprobs", None), given.pop("top_logprobs", None)
+        taken = inspect.signature(llama.create_completion).parameters
+        of_formatter = dict.fromkeys(_OF_FORMATTERS)
+        of_formatter |= {name: given.pop(name) for name in [*given] if name not in taken}
+        made = formatter(messages=messages, **of_formatter)
         ids = llama.tokenize(made.prompt.encode(), not made.added_special, True)
-        if given.pop("response_format", None) not in (None, {"type": "text"}):
-            refuse("response_format", "not with a chat format of your own; use grammar")
-        shown, n_top = given.pop("logprobs"), given.pop("top_logprobs")
         given["logprobs"] = (n_top or 0) if shown else None
-        given["stop"] = (*stop_strings(given["stop"]), *stop_strings(made.stop)) or None
+        given["stop"] = (*stop_strings(given.get("stop")), *stop_strings(made.stop))
         answer: Any = llama.create_completion(
             ids, stopping_criteria=made.stopping_criteria, **given
         )
-        return chat_chunks_of_text(answer) if given["stream"] else chat_of_text(answer)
+        return chat_chunks_of_text(answer) if given.get("stream") else chat_of_text(answer)
 
     return handler
 
 
+def _json_form(response_format: Any) -> LlamaGrammar | None:
+    output = structured_output(response_schema(response_format))
+    return None if output is None or output.gbnf is None else LlamaGrammar(_grammar=output.gbnf)
+
+
 class Jinja2ChatFormatter:
-    """A template's text as a handler. BOS and EOS are the model file's, whatever is given."""
+    """A chat template as a formatter, and as a handler.
+
+    `eos_token` ends the answer also where the model writes it as text. Left out, both tokens are
+    the model file's for a handler, and nothing where the formatter itself is called, which knows
+    no model. `stop_token_ids` end the answer. Thread-safety: immutable.
+    """
 
     def __init__(
         self,
         template: str,
-        eos_token: str = "",
-        bos_token: str = "",
+        eos_token: str | None = None,
+        bos_token: str | None = None,
         add_generation_prompt: bool = True,
-        stop_token_ids: list[int] | None = None,
+        stop_token_ids: Iterable[int] | None = None,
     ) -> None:
         self.template = template
+        self.eos_token = eos_token
+        self.bos_token = bos_token
         self.add_generation_prompt = add_generation_prompt
-        self.stop_token_ids = stop_token_ids
+        self.stop_token_ids = None if stop_token_ids is None else set(stop_token_ids)
+
+    def __call__(self, *, messages: Any, **given: Any) -> ChatFormatterResponse:
+        """Return the prompt, rendered by the jinja2 package; `given` are template variables.
+
+        Raises ImportError without jinja2, ValueError where the template refuses the conversation.
+        """
+        from .jinja import render
+
+        ids = self.stop_token_ids
+        prompt = render(
+            self.template,
+            {
+                **dict.fromkeys(_OF_FORMATTERS),
+                **given,
+                "messages": messages,
+                "eos_token": self.eos_token or "",
+                "bos_token": self.bos_token or "",
+                "add_generation_prompt": self.add_generation_prompt,
+            },
+        )
+        criteria = None
+        if ids is not None:
+            criteria = StoppingCriteriaList([lambda tokens, logits: int(tokens[-1]) in ids])
+        stops = [self.eos_token] if self.eos_token else []
+        return ChatFormatterResponse(prompt, stops, criteria, added_special=True)
 
     def to_chat_handler(self) -> LlamaChatCompletionHandler:
-        """Return a handler for ``Llama(chat_handler=)``."""
+        """Return a handler for ``Llama(chat_handler=)``. It renders as llama.cpp does."""
         from .chat import complete_chat
 
+        given_tokens = {"eos_token": self.eos_token, "bos_token": self.bos_token}
+        # In the template, and not as variables from outside, whose special tokens are only text.
+        template = self.template
+        for name, token in given_tokens.items():
+            if token is not None:
+                template = f"{{% set {name} = {_literal(token)} %}}{template}"
+
         def handler(*, llama: Llama, **given: Any) -> Any:
+            given = {**_DEFAULTS, **given}
+            ends = set(self.stop_token_ids or ())
+            if self.eos_token:
+                given["stop"] = (*stop_strings(given.get("stop")), self.eos_token)
+                ids = llama.tokenize(self.eos_token.encode(), False, True)
+                ends |= set(ids) if len(ids) == 1 else set()
             return complete_chat(
                 llama,
                 given,
-                chat_template=self.template,
+                chat_template=template,
                 add_generation_prompt=self.add_generation_prompt,
-                stop_tokens=self.stop_token_ids or (),
+                stop_tokens=tuple(sorted(ends)),
             )
 
         return handler
+
+
+def _literal(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

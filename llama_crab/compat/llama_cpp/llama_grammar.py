@@ -11,6 +11,18 @@ from ...params import ParameterError
 from ...structured import structured_output
 
 LLAMA_GRAMMAR_DEFAULT_ROOT = "root"
+JSON_GBNF = r"""root ::= object
+object ::= "{" blank (member ("," blank member)*)? "}" blank
+member ::= string ":" blank value
+array ::= "[" blank (value ("," blank value)*)? "]" blank
+value ::= object | array | string | number | ("true" | "false" | "null") blank
+string ::= "\"" (plain | "\\" escape)* "\"" blank
+plain ::= [^"\\\x00-\x1F\x7F]
+escape ::= ["\\/bfnrt] | "u" [0-9a-fA-F]{4}
+number ::= "-"? ("0" | [1-9] [0-9]{0,15}) ("." [0-9]{1,15})? ([eE] [-+]? [0-9]{1,3})? blank
+blank ::= (" " | "\n" [ \t]{0,20})?
+"""
+"""GBNF of any JSON object."""
 
 
 class LlamaGrammar:

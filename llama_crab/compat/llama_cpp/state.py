@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ... import _core
 from ...errors import StateError
 from ...session import Session
-from .notices import refuse, warn_once
+from .notices import NotSupportedError, refuse, warn_once
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from ...llama import Llama as CrabLlama
+
+
+_NOT_KEPT = (
+    "rows of logits are not kept; create_completion(logprobs=) gives the best ones, with "
+    "echo=True also those of the prompt, and a logits_processor gets each row whole"
+)
+
+
+class _NotKeptError(NotSupportedError, AttributeError):
+    """A member that is not there: hasattr() says so, too."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,39 @@ class StateMethods:
     def input_ids(self) -> list[int]:
         """The current tokens."""
         return list(self._tokens)
+
+    @property
+    def eval_tokens(self) -> deque[int]:
+        """The current tokens."""
+        return deque(self._tokens)
+
+    @property
+    def scores(self) -> NoReturn:
+        """Refused: rows of logits are not kept."""
+        raise _NotKeptError(f"scores: {_NOT_KEPT}")
+
+    @property
+    def eval_logits(self) -> NoReturn:
+        """Refused: rows of logits are not kept."""
+        raise _NotKeptError(f"eval_logits: {_NOT_KEPT}")
+
+    @staticmethod
+    def logits_to_logprobs(logits: Any, axis: int = -1) -> npt.NDArray[np.single]:
+        """Return the log-probabilities of logits, float32 of the same shape."""
+        import numpy as np
+
+        rows = np.asarray(logits, np.single)
+        most = rows.max(axis, keepdims=True)
+        rows = rows - np.where(np.isfinite(most), most, np.single(0))
+        with np.errstate(divide="ignore"):
+            total: npt.NDArray[np.single] = np.log(np.exp(rows).sum(axis, keepdims=True))
+        return rows - total
+
+    @staticmethod
+    def longest_token_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+        """Return how many tokens two sequences have in common at their beginning."""
+        differ = (i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1])
+        return next(differ, min(len(a), len(b)))
 
     def reset(self) -> None:
         """Begin anew with no tokens. What was computed of the old ones stays in the cache."""
