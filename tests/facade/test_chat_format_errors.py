@@ -139,7 +139,7 @@ def test_arguments_one_by_one_are_ours_where_they_are_json(smol_llama: Llama) ->
 
 def test_ids_of_calls_can_be_told_again(smol_llama: Llama) -> None:
     """Nemo's template takes no others back than those of nine letters and digits."""
-    answer = ask(smol_llama, 80, tools=[tool()], tool_choice="required", chat_template=NEMO)
+    answer = ask(smol_llama, 200, tools=[tool()], tool_choice="required", chat_template=NEMO)
     (call,) = answer.tool_calls
     assert answer.finish_reason == "tool_calls"
     told = {"role": "tool", "tool_call_id": call.id, "content": "wet"}

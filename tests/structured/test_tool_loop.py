@@ -172,7 +172,7 @@ def test_the_steps_are_limited(is_async: bool) -> None:
 def test_a_cut_answer_calls_nothing(is_async: bool) -> None:
     found = run(Script([calling(("add", '{"a": 1, "'), finish_reason="length")]), is_async)
     assert found.n_steps == 1
-    assert found.messages[1] == {"role": "assistant", "content": None}
+    assert found.messages[1] == {"role": "assistant", "content": ""}
 
 
 @both
@@ -208,11 +208,17 @@ def test_asynchronous_calls_run_at_the_same_time() -> None:
     assert most == 2
 
 
-def test_an_asynchronous_tool_in_a_synchronous_loop_is_an_error_result() -> None:
-    async def later() -> None: ...
+def test_an_asynchronous_tool_in_a_synchronous_loop_is_refused() -> None:
+    """No model can do anything about it."""
 
-    found = run(Script([calling(("later", "{}")), DONE]), False, normalize_tools([later]))
-    assert "asynchronous" in found.messages[2]["content"]
+    async def later() -> str:
+        """Answer later."""
+        return "now"
+
+    script = Script([calling(("later", "{}"))])
+    with pytest.raises(ParameterError, match=r"tools\[0\]: 'later' is asynchronous"):
+        run_tool_loop(script, [{"role": "user", "content": "?"}], normalize_tools([later]))
+    assert not script.seen
 
 
 def test_cancelling_ends_the_calls() -> None:

@@ -370,8 +370,12 @@ def test_choices() -> None:
     tools = normalize_tools([mapping(), mapping("put"), mapping("auto")])
     assert normalize_tool_choice(None, tools) == ("auto", None)
     assert normalize_tool_choice(None, []) == ("none", None)
-    for mode in ("auto", "none", "required"):
+    assert normalize_tool_choice("auto", []) == ("none", None)
+    for mode in ("none", "required"):
         assert normalize_tool_choice(mode, tools) == (mode, None)
+    assert normalize_tool_choice("auto", tools[:2]) == ("auto", None)
+    with pytest.raises(ParameterError, match="'auto' is the name of a tool, too"):
+        normalize_tool_choice("auto", tools)
     assert normalize_tool_choice("put", tools) == ("required", "put")
     for name in ("put", "auto"):
         choice = {"type": "function", "function": {"name": name}}
