@@ -352,34 +352,6 @@ cdef extern from "native/embedder.h" namespace "llama_crab" nogil:
         void run(bool l2, Status& status)
         void clear()
 
-cdef extern from "native/fit_bridge.h" namespace "llama_crab" nogil:
-    cppclass DeviceRoom:
-        string name
-        uint64_t free
-        uint64_t total
-
-    cppclass MemoryRow:
-        DeviceRoom room
-        uint64_t model
-        uint64_t context
-        uint64_t compute
-
-    cppclass MemoryUse:
-        vector[MemoryRow] rows
-        int32_t n_layer_max
-    MemoryUse measure_memory(
-        const string& path, llama_model_params model_params, llama_context_params context_params,
-        const vector[DeviceRoom]& rooms, Status& status)
-
-    cppclass CommonFit:
-        int status
-        int32_t n_gpu_layers
-        vector[float] tensor_split
-        int32_t n_overrides
-    CommonFit common_fit(
-        const string& path, llama_model_params model_params, llama_context_params context_params,
-        const vector[DeviceRoom]& rooms, uint64_t margin, Status& status)
-
 cdef extern from "native/chat_bridge.h" namespace "llama_crab" nogil:
     cppclass ChatRequest:
         string messages

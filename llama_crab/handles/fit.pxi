@@ -6,10 +6,10 @@ cdef class _FitRequest:
     cdef string path
     cdef _ModelParams model
     cdef lib.llama_context_params context
-    cdef vector[nat.DeviceRoom] rooms
+    cdef vector[fit_bridge.DeviceRoom] rooms
 
     def __cinit__(self, path, model_fields, context_fields, rooms):
-        cdef nat.DeviceRoom room
+        cdef fit_bridge.DeviceRoom room
         self.path = _path_bytes(path)
         # llama.cpp says "failed to open" and "not a GGUF" alike as NULL; tell them apart here.
         if not os.path.exists(path):
@@ -57,12 +57,12 @@ def measure_memory(path, model_fields, context_fields, rooms=()):
     Wraps ``llama_get_memory_breakdown``.
     """
     cdef _FitRequest request = _FitRequest(path, model_fields, context_fields, rooms)
-    cdef nat.MemoryUse use
+    cdef fit_bridge.MemoryUse use
     cdef nat.Status status
     cdef uint64_t mark = nat.log_mark()
     cdef size_t i
     with nogil:
-        use = nat.measure_memory(
+        use = fit_bridge.measure_memory(
             request.path, request.model.c, request.context, request.rooms, status)
     if status.kind != nat.STATUS_OK:
         raise request.failure(status, mark)
@@ -86,7 +86,7 @@ def common_fit(path, model_fields, context_fields, rooms, margin):
     Wraps ``common_fit_params``.
     """
     cdef _FitRequest request = _FitRequest(path, model_fields, context_fields, rooms)
-    cdef nat.CommonFit found
+    cdef fit_bridge.CommonFit found
     cdef nat.Status status
     cdef uint64_t mark = nat.log_mark()
     cdef uint64_t bytes_left = _integer("margin", margin, 0, (1 << 62))
@@ -95,7 +95,7 @@ def common_fit(path, model_fields, context_fields, rooms, margin):
     if request.rooms.size() == 0:
         raise ValueError("no device is given")
     with nogil:
-        found = nat.common_fit(
+        found = fit_bridge.common_fit(
             request.path, request.model.c, request.context, request.rooms, bytes_left, status)
     if status.kind != nat.STATUS_OK or found.status == 2:
         raise request.failure(status, mark)
