@@ -31,7 +31,8 @@ from libcpp.vector cimport vector  # no-cython-lint
 from cython.operator cimport dereference as deref  # no-cython-lint
 cimport cython  # no-cython-lint
 
-from llama_crab.capi cimport fit_bridge, lib
+from llama_crab.capi cimport fit_bridge  # no-cython-lint
+from llama_crab.capi cimport lib
 from llama_crab.capi cimport native as nat
 
 import atexit
