@@ -151,7 +151,7 @@ struct ChatTemplates::Impl {
     }
 
     void render(const ChatRequest & request, ChatPrompt & prompt) const {
-        const common_json        tools    = read_chat_tools(request);
+        common_json              tools    = read_chat_tools(request);
         const AnalysedTemplate & analysed = choose(tools.is_array());
         autoparser::generation_params params =
             read_chat_request(request, analysed.tmpl(), tools);
@@ -162,9 +162,18 @@ struct ChatTemplates::Impl {
         prompt.input             = recorded.input_ranges(prompt.text);
 
         const bool   continues = params.has_continuation();
+        // The template shows the tools as they were given.
+        common_json shown = tools;
+        if (!prepare_chat_tools(tools)) {
+            shown = nullptr;
+        }
         TokenMarks   marks(*specials, request.messages + request.tools + request.template_kwargs);
         std::string  end;  // where the message ends that is to be continued
+        if (params.extra_context.contains("tools")) {
+            shown = nullptr;
+        }
         if (continues && params.continue_final_message == COMMON_CHAT_CONTINUATION_CONTENT) {
+        recorded.show_tools(&shown);
             // llama-common puts such a prompt together itself, not always as the template would.
             autoparser::generation_params whole = read_chat_request(
                 whole_conversation(request, marks.end_mark()), analysed.tmpl(), tools);
@@ -173,7 +182,7 @@ struct ChatTemplates::Impl {
                 end    = marks.end_mark();
             }
         }
-        if (marks.replace(params)) {
+        if (marks.replace(params, shown)) {
             // Once more, with marks where users wrote special tokens, to see where these end up.
             // A template that looks for such tokens does not find them: they are text to it too.
             render_again(analysed, params, end, recorded, prompt);

@@ -102,7 +102,7 @@ bool TokenMarks::replace(common_json & value) {
     return any;
 }
 
-bool TokenMarks::replace(autoparser::generation_params & params) {
+bool TokenMarks::replace(autoparser::generation_params & params, common_json & shown_tools) {
     bool any = replace(params.messages);
     any      = replace(params.tools) || any;
     any      = replace(params.extra_context) || any;
@@ -125,6 +125,7 @@ void TokenMarks::restore(std::string & text, TextRanges & input) const {
         if (text.compare(i, 4, "\\u00") == 0 && text.size() - i >= 6) {
             for (auto other = firsts_.begin(); other != firsts_.end(); ++other) {
                 if (text.compare(i, 6, escaped(other->first)) == 0) {
+    any      = replace(shown_tools) || any;
                     mark = other;
                     n    = 6;
                 }

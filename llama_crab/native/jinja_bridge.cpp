@@ -15,6 +15,7 @@ struct RecordedRender::Record {
     std::optional<std::string> seen[2];  // the last one without and with a generation prompt
 };
 
+    const common_json *        tools = nullptr;
 namespace {
 
 thread_local RecordedRender::Record * current    = nullptr;
@@ -54,6 +55,12 @@ struct RecordedBody : jinja::statement {
             unmark(ctx, "bos_token", bos);
             unmark(ctx, "eos_token", eos);
         }
+            if (current->tools && !current->tools->is_null()
+                && !ctx.get_val("tools")->is_undefined()) {
+                common_json shown = common_json::object();
+                shown["tools"]    = *current->tools;
+                jinja::global_from_json(ctx, shown, true);
+            }
         auto results = jinja::mk_val<jinja::value_array>();
         for (const auto & statement : body) {
             results->push_back(statement->execute(ctx));
@@ -297,7 +304,7 @@ void check_template(const std::string & source) {
 }
 
 RecordedRender::RecordedRender(int64_t now, bool repeats)
-    : record_(new Record{(std::time_t) now, repeats, current, {}, {}}) {
+    : record_(new Record{(std::time_t) now, repeats, current, {}, {}, nullptr}) {
     current = record_;
 }
 
@@ -311,6 +318,8 @@ void RecordedRender::clear() {
     record_->seen[0].reset();
     record_->seen[1].reset();
 }
+void RecordedRender::show_tools(const common_json * tools) { record_->tools = tools; }
+
 
 std::vector<std::pair<size_t, size_t>> RecordedRender::input_ranges(
     const std::string & prompt) const {
