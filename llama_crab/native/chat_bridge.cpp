@@ -130,6 +130,14 @@ struct ChatTemplates::Impl {
             common_chat_template(given, bos_text, eos_text);  // names what is wrong with it
         }
         const auto found = common_chat_templates_init(model->model, given);
+        for (const char * name : {(const char *) nullptr, "tool_use"}) {
+            const char * source = llama_model_chat_template(model->model, name);
+            try {
+                check_template(given.empty() && source != nullptr ? source : "");
+            } catch (const std::runtime_error &) {
+                // One that does not parse: llama-common names the reason, or does without.
+            }
+        }
         was_explicit     = common_chat_templates_was_explicit(found.get());
         plain            = analyse(common_chat_templates_source(found.get()), bos_text, eos_text);
         const std::string tool_use = common_chat_templates_source(found.get(), "tool_use");

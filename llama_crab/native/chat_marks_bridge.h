@@ -24,10 +24,12 @@ public:
     // Puts the characters back and adds the places of the tokens to `input`.
     void restore(std::string & text, TextRanges & input) const;
 
-    // A text that occurs nowhere else.
-    const std::string & end_mark() const { return end_mark_; }
+    // A text that occurs nowhere else. Throws std::invalid_argument, as replace, when all characters
+    // that could mark something are used.
+    const std::string & end_mark();
 
 private:
+    char take();
     bool replace(std::string & text);
     bool replace(common_json & value);
 
