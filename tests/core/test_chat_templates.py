@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jinja2
@@ -661,6 +662,25 @@ except errors.ChatTemplateError as error:
         [sys.executable, "-c", code], input=source, capture_output=True, text=True, check=True
     )
     assert re.search("cannot hold itself|too large|blanks", done.stdout)
+
+
+def test_a_model_file_may_hold_a_bad_template(
+    tiny_gguf: ModuleType, vocab_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        tiny_gguf, "CHAT_TEMPLATE", "{% set a = [1] %}{% set _ = a.append(a) %}{{ a }}"
+    )
+    tokens = tiny_gguf.bpe_tokens(vocab_folder / "ggml-vocab-gpt-2.gguf")
+    path = tiny_gguf.write_model(tmp_path / "bad.gguf", tokens)[0]
+    code = f"""
+from llama_crab import _core, errors
+try:
+    _core.ChatTemplates(_core.Model({str(path)!r}, vocab_only=True), None)
+except errors.ChatTemplateError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "cannot hold itself" in done.stdout
 
 
 def test_values_with_an_end_are_kept(smol: _core.Model) -> None:
