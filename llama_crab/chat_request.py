@@ -424,6 +424,16 @@ def _flag(name: str, value: Any) -> bool:
 
 def _json(name: str, value: Any) -> str:
     try:
-        return json.dumps(value, allow_nan=False)
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        # Half a surrogate pair is no UTF-8.
+        return text if text.isascii() or _is_utf8(text) else json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise ParameterError(f"{name}: not JSON: {error}") from None
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

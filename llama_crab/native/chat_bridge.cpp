@@ -15,9 +15,10 @@
 
 namespace llama_crab {
 
-void silence_llama_common() { common_log_set_verbosity_thold(-1); }
-
 namespace {
+
+// llama-common prints through a thread of its own; its reasons come as exceptions as well.
+void silence_llama_common() { common_log_set_verbosity_thold(-1); }
 
 // llama-common's messages point at the place in the template, over many lines.
 std::string reason(const std::exception & error) {
@@ -129,6 +130,14 @@ struct ChatTemplates::Impl {
             check_template(given);
             common_chat_template(given, bos_text, eos_text);  // names what is wrong with it
         }
+        for (const char * name : {(const char *) nullptr, "tool_use"}) {
+            const char * source = llama_model_chat_template(model->model, name);
+            try {
+                check_template(given.empty() && source != nullptr ? source : "");
+            } catch (const std::runtime_error &) {
+                // One that does not parse: llama-common names the reason, or does without.
+            }
+        }
         const auto found = common_chat_templates_init(model->model, given);
         was_explicit     = common_chat_templates_was_explicit(found.get());
         plain            = analyse(common_chat_templates_source(found.get()), bos_text, eos_text);
@@ -151,11 +160,20 @@ struct ChatTemplates::Impl {
     }
 
     void render(const ChatRequest & request, ChatPrompt & prompt) const {
-        const common_json        tools    = read_chat_tools(request);
+        common_json              tools    = read_chat_tools(request);
         const AnalysedTemplate & analysed = choose(tools.is_array());
+        // The template shows the tools as they were given.
+        common_json shown = tools;
+        if (!prepare_chat_tools(tools)) {
+            shown = nullptr;
+        }
         autoparser::generation_params params =
             read_chat_request(request, analysed.tmpl(), tools);
+        if (params.extra_context.contains("tools")) {
+            shown = nullptr;
+        }
         RecordedRender     recorded(request.now, !analysed.is_specialised());
+        recorded.show_tools(&shown);
         common_chat_params found = analysed.apply(params);
         prompt.text              = found.prompt;
 
@@ -173,7 +191,7 @@ struct ChatTemplates::Impl {
                 end    = marks.end_mark();
             }
         }
-        if (marks.replace(params)) {
+        if (marks.replace(params, shown)) {
             // Once more, with marks where users wrote special tokens, to see where these end up.
             // A template that looks for such tokens does not find them: they are text to it too.
             render_again(analysed, params, end, recorded, prompt);
@@ -313,8 +331,6 @@ std::map<std::string, bool> ChatTemplates::capabilities() const {
 }
 
 bool ChatTemplates::was_explicit() const { return impl_->was_explicit; }
-
-const ModelPtr & ChatTemplates::model() const { return impl_->model; }
 
 ChatTemplates * new_chat_templates(ModelPtr model, const std::string & source,
                                    Status & status) noexcept {

@@ -34,7 +34,7 @@ struct ChatTrigger {
     int32_t     token;
 };
 
-// A compiled parser, shared by the prompts that need the same one.
+// A compiled parser, shared by a prompt and the parsers of its answers.
 struct ChatFormat;
 
 struct ChatPrompt {
@@ -70,7 +70,6 @@ public:
     std::string                 source(bool tool_use) const;
     std::map<std::string, bool> capabilities() const;  // probes on first use
     bool                        was_explicit() const;  // else the default, ChatML, stands in
-    const ModelPtr &            model() const;
 
 private:
     struct Impl;

@@ -14,7 +14,4 @@ struct ChatFormat {
     bool                                    is_continuation;  // the answer begins in the prompt
 };
 
-// llama-common prints through a thread of its own; its reasons come as exceptions as well.
-void silence_llama_common();
-
 }  // namespace llama_crab

@@ -1,6 +1,8 @@
 #include "chat_marks_bridge.h"
 
 #include <algorithm>
+#include <array>
+#include <cctype>
 #include <cstdio>
 #include <stdexcept>
 
@@ -32,21 +34,43 @@ void tidy(TextRanges & ranges) {
 
 TokenMarks::TokenMarks(const SpecialTokens & specials, const std::string & text)
     : specials_(specials) {
+    std::array<bool, 32> used = {};
+    for (size_t i = 0; i < text.size(); ++i) {
+        const auto c = (unsigned char) text[i];
+        if (c < used.size()) {
+            used[c] = true;
+        } else if (c == '\\' && text.compare(i, 4, "\\u00") == 0 && i + 6 <= text.size()
+                   && (text[i + 4] == '0' || text[i + 4] == '1')) {
+            const int low = std::tolower((unsigned char) text[i + 5]);
+            if (std::isxdigit(low)) {
+                used[(size_t) ((text[i + 4] - '0') * 16 + (low <= '9' ? low - '0' : low - 'a' + 10))] =
+                    true;
+            }
+        }
+    }
     // Neither white space nor what JSON has a short escape for.
     for (const char c : {1, 2, 3, 4, 5, 6, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26}) {
-        std::string upper = escaped(c);
-        std::transform(upper.begin() + 2, upper.end(), upper.begin() + 2,
-                       [](unsigned char x) { return (char) std::toupper(x); });
-        if (text.find(c) == std::string::npos && text.find(escaped(c)) == std::string::npos
-            && text.find(upper) == std::string::npos) {
+        if (!used[(size_t) c]) {
             free_.push_back(c);
         }
     }
-    if (free_.size() < 2) {
-        throw std::invalid_argument("the messages have too many kinds of control characters");
+}
+
+char TokenMarks::take() {
+    if (free_.empty()) {
+        throw std::invalid_argument(
+            "the messages have too many kinds of control characters and special tokens");
     }
-    end_mark_ = std::string(3, free_.back());
+    const char mark = free_.back();
     free_.pop_back();
+    return mark;
+}
+
+const std::string & TokenMarks::end_mark() {
+    if (end_mark_.empty()) {
+        end_mark_ = std::string(3, take());
+    }
+    return end_mark_;
 }
 
 bool TokenMarks::replace(std::string & text) {
@@ -59,12 +83,9 @@ bool TokenMarks::replace(std::string & text) {
         }
         const char first = text[i];
         if (marks_.count(first) == 0) {
-            if (free_.empty()) {
-                throw std::invalid_argument("the messages have too many kinds of special tokens");
-            }
-            marks_[first]         = free_.back();
-            firsts_[free_.back()] = first;
-            free_.pop_back();
+            const char mark = take();
+            marks_[first]   = mark;
+            firsts_[mark]   = first;
         }
         text[i] = marks_[first];
         i += token.size();
@@ -102,8 +123,9 @@ bool TokenMarks::replace(common_json & value) {
     return any;
 }
 
-bool TokenMarks::replace(autoparser::generation_params & params) {
+bool TokenMarks::replace(autoparser::generation_params & params, common_json & shown_tools) {
     bool any = replace(params.messages);
+    any      = replace(shown_tools) || any;
     any      = replace(params.tools) || any;
     any      = replace(params.extra_context) || any;
     any      = replace(params.continue_msg.content) || any;

@@ -18,16 +18,18 @@ public:
     // `text` is all that users wrote, as JSON: its characters are not used.
     TokenMarks(const SpecialTokens & specials, const std::string & text);
 
-    // True when there was anything to mark.
-    bool replace(autoparser::generation_params & params);
+    // True when there was anything to mark. `shown_tools`: what the template sees as tools instead.
+    bool replace(autoparser::generation_params & params, common_json & shown_tools);
 
     // Puts the characters back and adds the places of the tokens to `input`.
     void restore(std::string & text, TextRanges & input) const;
 
-    // A text that occurs nowhere else.
-    const std::string & end_mark() const { return end_mark_; }
+    // A text that occurs nowhere else. Throws std::invalid_argument, as replace, when all characters
+    // that could mark something are used.
+    const std::string & end_mark();
 
 private:
+    char take();
     bool replace(std::string & text);
     bool replace(common_json & value);
 

@@ -3,6 +3,8 @@
 #include <ctime>
 #include <stdexcept>
 
+#include "chat_schema_bridge.h"
+
 namespace llama_crab {
 
 namespace {
@@ -194,6 +196,19 @@ common_json read_chat_tools(const ChatRequest & request) {
     return common_chat_tools_to_json_oaicompat(common_chat_tools_parse_oaicompat(given));
 }
 
+bool prepare_chat_tools(common_json & tools) {
+    bool changed = false;
+    if (tools.is_array()) {
+        for (common_json & tool : tools) {
+            common_json &     function = tool.at("function");
+            const std::string name     = function.at("name");
+            changed = prepare_schema("tools: the parameters of " + name, function.at("parameters"))
+                      || changed;
+        }
+    }
+    return changed;
+}
+
 autoparser::generation_params read_chat_request(const ChatRequest & request,
                                                 const common_chat_template & tmpl,
                                                 const common_json & tools) {
@@ -268,6 +283,9 @@ autoparser::generation_params read_chat_request(const ChatRequest & request,
     params.json_schema = parse_json("json_schema", request.json_schema);
     if (!params.json_schema.is_null() && !params.json_schema.is_object()) {
         throw std::invalid_argument("json_schema: expected an object");
+    }
+    if (params.json_schema.is_object()) {
+        prepare_schema("json_schema", params.json_schema);
     }
     if (tools.is_array() && params.tool_choice != COMMON_CHAT_TOOL_CHOICE_NONE
         && !request.grammar.empty()) {

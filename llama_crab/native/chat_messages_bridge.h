@@ -14,6 +14,10 @@ autoparser::generation_params read_chat_request(const ChatRequest & request,
 // The tools of a request; null when it has none.
 common_json read_chat_tools(const ChatRequest & request);
 
+// Makes their schemas ones that llama-common can convert; false when nothing had to change. Throws
+// std::invalid_argument, naming the tool.
+bool prepare_chat_tools(common_json & tools);
+
 // The same conversation, its last message not continued but ended by a mark.
 ChatRequest whole_conversation(const ChatRequest & request, const std::string & mark);
 

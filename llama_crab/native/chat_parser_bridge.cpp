@@ -92,18 +92,24 @@ struct ChatParser::Impl {
           input(prompt.generation_prompt) {
         if (format->is_continuation) {
             update();
-            told = read(false);
+            bool holds_back;
+            told = read(false, holds_back);
+            plan_next_look();
         }
     }
 
-    void update() {
-        if (!broken) {
-            try {
-                broken = peg.parse(input).fail() && peg.parse(input).is_final;
-            } catch (...) {
-                broken = true;
-                throw;
-            }
+    // False where the input is not in the format, so far or for good (`broken`).
+    bool update() {
+        if (broken) {
+            return false;
+        }
+        try {
+            const PegResult & result = peg.parse(input);
+            broken                   = result.fail() && result.is_final;
+            return !result.fail();
+        } catch (...) {
+            broken = true;
+            throw;
         }
     }
 
@@ -118,7 +124,7 @@ struct ChatParser::Impl {
         return false;
     }
 
-    ChatMessage read(bool is_whole) {
+    ChatMessage read(bool is_whole, bool & holds_back) {
         common_peg_ast_arena    ast;
         common_peg_parse_result result;
         common_chat_msg         parsed;
@@ -131,36 +137,48 @@ struct ChatParser::Impl {
         if (!is_whole && message.tool_calls.size() > told.tool_calls.size()
             && name_may_grow(ast)) {
             message.tool_calls.pop_back();
+            holds_back = true;
         }
         return message;
     }
 
-    // Arguments are built as a whole each time, so long ones are read at growing intervals: 16
-    // bytes at 8 KiB, and 128 where they are built from a tree of values.
-    bool is_due() const {
-        const size_t share = reads_rules(format->format) ? 64 : 512;
-        return told.tool_calls.empty()
-               || input.size() - n_read > told.tool_calls.back().arguments.size() / share;
+    // A message is built as a whole each time, so long ones are read at growing intervals: 16 bytes
+    // where 8 KiB of arguments are told, and 128 where they are built from a tree of values. Text
+    // costs less, and is read to people: 16 bytes at 32 KiB, where this begins.
+    void plan_next_look() {
+        constexpr size_t long_text = 32 * 1024;
+        const size_t     text      = told.content.size() + told.reasoning_content.size();
+        const size_t     share     = reads_rules(format->format) ? 64 : 512;
+        size_t           arguments = 0;
+        for (const ChatToolCall & call : told.tool_calls) {
+            arguments += call.arguments.size() + (&call == &told.tool_calls[0] ? 0 : 64);
+        }
+        next_look = input.size() + arguments / share + (text < long_text ? 0 : text / 2048);
     }
+
+    bool is_due() const { return input.size() > next_look; }
 
     // What a later piece may take back is not told yet.
     bool tell(std::vector<ChatDelta> & deltas, bool is_whole) {
-        ChatMessage now = read(is_whole);
-        n_read          = input.size();
-        if (!extends(now, told)) {
-            return false;
+        bool        holds_back = false;
+        ChatMessage now        = read(is_whole, holds_back);
+        const bool  fits       = extends(now, told);
+        if (fits) {
+            add_deltas(told, now, deltas);
+            told = std::move(now);
         }
-        add_deltas(told, now, deltas);
-        told = std::move(now);
-        return true;
+        is_told = fits && !holds_back;
+        plan_next_look();
+        return fits;
     }
 
     std::shared_ptr<const ChatFormat> format;
     IncrementalPeg                    peg;
     std::string                       input;
     ChatMessage                       told;
-    size_t                            n_read = 0;  // bytes of `input` at the last look
-    bool                              broken = false;
+    size_t                            next_look = 0;  // the size of `input` behind which it is due
+    bool                              is_told   = false;  // all that `input` says
+    bool                              broken    = false;
 };
 
 ChatParser::ChatParser(const ChatPrompt & prompt) : impl_(new Impl(prompt)) {}
@@ -171,6 +189,7 @@ void ChatParser::push(const char * data, size_t size, std::vector<ChatDelta> & d
                       Status & status) noexcept {
     guarded(status, [&] {
         impl_->input.append(data, size);
+        impl_->is_told = impl_->is_told && size == 0;
         if (impl_->is_due()) {
             impl_->update();
             if (!impl_->broken) {
@@ -182,8 +201,7 @@ void ChatParser::push(const char * data, size_t size, std::vector<ChatDelta> & d
 
 void ChatParser::finish(std::vector<ChatDelta> & deltas, Status & status) noexcept {
     guarded(status, [&] {
-        impl_->update();
-        if (impl_->broken || impl_->peg.parse(impl_->input).fail() || !impl_->tell(deltas, true)) {
+        if (!impl_->update() || !(impl_->is_told || impl_->tell(deltas, true))) {
             status.set(Status::failed, not_in_format);
         }
     });

@@ -39,15 +39,29 @@ SpecialTokens::SpecialTokens(const llama_vocab * vocab) : vocab_(vocab) {
         return a.text.size() > b.text.size();
     });
     for (size_t i = 0; i < tokens_.size(); ++i) {
-        by_byte_[(unsigned char) tokens_[i].text[0]].push_back(i);
+        const std::string_view text    = tokens_[i].text;
+        std::vector<size_t> &  lengths = lengths_[(unsigned char) text[0]];
+        by_text_.emplace(text, i);
+        if (lengths.empty() || lengths.back() != text.size()) {
+            lengths.push_back(text.size());
+        }
     }
 }
 
+const SpecialTokens::Token * SpecialTokens::token_at(std::string_view text, size_t pos,
+                                                     size_t length) const {
+    if (length > text.size() - pos) {
+        return nullptr;
+    }
+    const auto found = by_text_.find(text.substr(pos, length));
+    return found == by_text_.end() ? nullptr : &tokens_[found->second];
+}
+
 std::string_view SpecialTokens::control_at(std::string_view text, size_t pos) const {
-    for (const size_t i : by_byte_[(unsigned char) text[pos]]) {
-        const Token & token = tokens_[i];
-        if (token.is_control && text.compare(pos, token.text.size(), token.text) == 0) {
-            return token.text;
+    for (const size_t length : lengths_[(unsigned char) text[pos]]) {
+        const Token * token = token_at(text, pos, length);
+        if (token && token->is_control) {
+            return token->text;
         }
     }
     return {};
@@ -97,21 +111,20 @@ bool SpecialTokens::cut_at_controls(std::string_view text, const TextRanges & in
     size_t begin = 0;
     for (size_t i = 0; i < text.size(); ++i) {
         const Token * longest = nullptr;
-        for (const size_t k : by_byte_[(unsigned char) text[i]]) {
-            const Token & token = tokens_[k];
-            if (text.compare(i, token.text.size(), token.text) != 0
-                || (token.is_control && is_inside(input, i, i + token.text.size()))) {
+        for (const size_t length : lengths_[(unsigned char) text[i]]) {
+            const Token * token = token_at(text, i, length);
+            if (!token || (token->is_control && is_inside(input, i, i + length))) {
                 continue;
             }
-            if (token.is_control && (longest || i < reach)) {
+            if (token->is_control && (longest || i < reach)) {
                 return false;
             }
-            if (!token.is_control && i < begin) {
+            if (!token->is_control && i < begin) {
                 return false;
             }
             if (!longest) {
-                longest = &token;
-                reach   = std::max(reach, i + token.text.size());
+                longest = token;
+                reach   = std::max(reach, i + length);
             }
         }
         if (longest && longest->is_control) {

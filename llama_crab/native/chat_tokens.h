@@ -44,6 +44,8 @@ private:
     };
     using Ids = std::vector<llama_token>;
 
+    // The token that `text` has at `pos`, when the length is one of lengths_; null for none.
+    const Token * token_at(std::string_view text, size_t pos, size_t length) const;
     bool cut_at_controls(std::string_view text, const TextRanges & input,
                          std::vector<Fragment> & fragments) const;
     std::vector<Fragment> partition(std::string_view text, const TextRanges & input) const;
@@ -51,7 +53,9 @@ private:
 
     const llama_vocab *                   vocab_;
     std::vector<Token>                    tokens_;    // longest first, as llama.cpp orders them
-    std::array<std::vector<size_t>, 256>  by_byte_;   // the same by first byte
+    // The same by text, and the lengths of those that begin with a byte, in descending order.
+    std::unordered_map<std::string_view, size_t> by_text_;
+    std::array<std::vector<size_t>, 256>  lengths_;
     bool                                  strips_ = false;
 
     // What was between two special tokens lately: a conversation repeats itself at each turn.

@@ -245,7 +245,7 @@ GrammarConstraint::GrammarConstraint(std::shared_ptr<Grammar> grammar, bool lazy
 GrammarConstraint::GrammarConstraint(const GrammarConstraint & other)
     : grammar_(other.grammar_), triggers_(other.triggers_), opening_(other.opening_),
       lazy_(other.lazy_), waiting_(other.waiting_), thinking_(other.thinking_),
-      buffer_(other.buffer_), buffered_(other.buffered_) {
+      buffer_(other.buffer_), seen_(other.seen_), buffered_(other.buffered_) {
     grammar_->add(&position_, other.position_);
 }
 
@@ -263,6 +263,7 @@ GrammarConstraint & GrammarConstraint::operator=(const GrammarConstraint & other
     waiting_  = other.waiting_;
     thinking_ = other.thinking_;
     buffer_   = other.buffer_;
+    seen_     = other.seen_;
     buffered_ = other.buffered_;
     return *this;
 }
@@ -309,11 +310,10 @@ void GrammarConstraint::accept(llama_token token) {
             buffered_.pop_back();  // it comes below, as the token that has just been read
             buffer_.resize(buffered_.empty() ? 0 : buffered_.back().second);
         }
-        const std::string text  = buffer_ + piece;
-        const size_t      start = triggers_->patterns.find(text, buffer_.size());
+        buffer_ += piece;
+        const size_t start = triggers_->patterns.find(buffer_, seen_);
         if (start == std::string::npos) {
-            buffered_.push_back({token, text.size()});
-            buffer_ = text;
+            buffered_.push_back({token, buffer_.size()});
             follow_thinking(before);
             return;
         }
@@ -322,29 +322,35 @@ void GrammarConstraint::accept(llama_token token) {
         const auto replay = [&](llama_token id, size_t end) {
             if (end > start) {
                 begin = std::max(begin, start);
-                replayed.push_back({id, text.substr(begin, end - begin)});
+                replayed.push_back({id, buffer_.substr(begin, end - begin)});
             }
             begin = end;
         };
         for (const auto & [id, end] : buffered_) {
             replay(id, end);
         }
-        replay(token, text.size());
+        replay(token, buffer_.size());
     }
     if (!grammar_->accept_pieces(position_, replayed)) {
+        buffer_.resize(buffered_.empty() ? 0 : buffered_.back().second);
+        seen_.clear();
         refuse(token, piece);
     }
     waiting_ = false;
-    buffer_.clear();
-    buffered_.clear();
+    forget();
 }
 
 void GrammarConstraint::reset() {
     grammar_->move(&position_, nullptr);
     waiting_ = lazy_;
+    forget();
+    open();
+}
+
+void GrammarConstraint::forget() {
     buffer_.clear();
     buffered_.clear();
-    open();
+    seen_.clear();
 }
 
 void GrammarConstraint::open() {
@@ -366,7 +372,7 @@ void GrammarConstraint::open() {
             break;
         }
     }
-    buffer_.clear();
+    forget();
 }
 
 // Notes where thinking begins or ends in the text from `from` on; a tag may begin before it. Text up
@@ -389,6 +395,7 @@ void GrammarConstraint::follow_thinking(size_t from) {
         found += starts[0].size();
     }
     buffer_.erase(0, found);
+    seen_.clear();
     size_t n_dropped = 0;
     for (auto & [id, end] : buffered_) {
         n_dropped += end <= found;

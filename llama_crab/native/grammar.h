@@ -11,6 +11,7 @@
 
 #include "grammar_automaton.h"
 #include "grammar_bridge.h"
+#include "trigger_patterns.h"
 #include "grammar_mask.h"
 #include "grammar_program.h"
 #include "vocab_index.h"
@@ -127,6 +128,7 @@ private:
     using Pieces = std::vector<std::pair<llama_token, std::string>>;
 
     void open();
+    void forget();
     void follow_thinking(size_t from);
 
     std::shared_ptr<Grammar>        grammar_;
@@ -136,6 +138,7 @@ private:
     bool                            lazy_, waiting_;
     bool                            thinking_ = false;
     std::string                     buffer_;  // what was accepted while waiting
+    TriggerPatterns::Seen           seen_;    // how far triggers were looked for in it
     std::vector<std::pair<llama_token, size_t>> buffered_;  // its tokens and their ends
 };
 

@@ -147,7 +147,8 @@ bool is_left_recursive(const GbnfRules & grammar) {
     return false;
 }
 
-// The parser quotes all the rest of the grammar in its messages.
+}  // namespace
+
 std::string shortened(std::string message) {
     constexpr size_t longest = 160;
     if (message.size() > longest) {
@@ -159,8 +160,6 @@ std::string shortened(std::string message) {
     }
     return message;
 }
-
-}  // namespace
 
 GbnfRules parse_gbnf(const llama_vocab * vocab, const std::string & text,
                      const std::string & root) {
@@ -199,63 +198,6 @@ GbnfRules parse_gbnf(const llama_vocab * vocab, const std::string & text,
         throw std::runtime_error("the grammar is left recursive");
     }
     return result;
-}
-
-namespace {
-
-// The text that a pattern without operators stands for; empty for any other.
-std::string literal_of(const std::string & pattern) {
-    static const std::string operators = "^$.*+?()[]{}|/";
-    std::string              literal;
-    for (size_t i = 0; i < pattern.size(); ++i) {
-        if (pattern[i] == '\\') {
-            ++i;
-            if (i == pattern.size()
-                || (operators.find(pattern[i]) == std::string::npos && pattern[i] != '\\')) {
-                return "";
-            }
-        } else if (operators.find(pattern[i]) != std::string::npos) {
-            return "";
-        }
-        literal += pattern[i];
-    }
-    return literal;
-}
-
-}  // namespace
-
-struct TriggerPatterns::Compiled {
-    struct Trigger {
-        std::string                   word;  // or empty
-        llama_grammar_trigger_pattern pattern;
-    };
-    std::vector<Trigger> triggers;
-};
-
-TriggerPatterns::TriggerPatterns(const std::vector<std::string> & patterns)
-    : compiled_(new Compiled) {
-    for (const std::string & pattern : patterns) {
-        try {
-            compiled_->triggers.push_back({literal_of(pattern), {pattern, std::regex(pattern)}});
-        } catch (const std::regex_error & error) {
-            throw std::runtime_error("the trigger pattern '" + shortened(pattern)
-                                     + "' is not valid: " + error.what());
-        }
-    }
-}
-
-TriggerPatterns::~TriggerPatterns() = default;
-
-size_t TriggerPatterns::find(const std::string & text, size_t seen) const {
-    for (const auto & [word, pattern] : compiled_->triggers) {
-        const size_t at = word.empty()
-                              ? pattern.find(text)
-                              : text.find(word, seen - std::min(seen, word.size() - 1));
-        if (at != std::string::npos) {
-            return at;
-        }
-    }
-    return std::string::npos;
 }
 
 }  // namespace llama_crab

@@ -1,8 +1,7 @@
-// What we use of llama.cpp's internal llama-grammar.h: the GBNF parser and the trigger patterns.
+// What we use of llama.cpp's internal llama-grammar.h: the GBNF parser.
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -29,20 +28,7 @@ struct GbnfRules {
 // its parser.
 GbnfRules parse_gbnf(const llama_vocab * vocab, const std::string & text, const std::string & root);
 
-// The regular expressions that wake a lazy grammar, compiled once.
-class TriggerPatterns {
-public:
-    explicit TriggerPatterns(const std::vector<std::string> & patterns);  // std::runtime_error
-    ~TriggerPatterns();
-    TriggerPatterns(const TriggerPatterns &) = delete;
-
-    // Where the grammar starts, by the first pattern that matches; npos when none does.
-    // Words, which are patterns without operators, are not looked for in the first `seen` bytes again.
-    size_t find(const std::string & text, size_t seen) const;
-
-private:
-    struct Compiled;
-    std::unique_ptr<Compiled> compiled_;
-};
+// The beginning of a text for a message: the parser quotes all the rest of a grammar in its own.
+std::string shortened(std::string text);
 
 }  // namespace llama_crab

@@ -5,6 +5,8 @@
 #include <optional>
 #include <stdexcept>
 
+#include "jinja_checks_bridge.h"
+
 namespace llama_crab {
 
 struct RecordedRender::Record {
@@ -13,13 +15,13 @@ struct RecordedRender::Record {
     Record *                   outer;
     std::vector<jinja::string> renders;
     std::optional<std::string> seen[2];  // the last one without and with a generation prompt
+    const common_json *        tools = nullptr;
 };
 
 namespace {
 
 thread_local RecordedRender::Record * current    = nullptr;
 thread_local uintptr_t                stack_base = 0;  // of the render in progress
-thread_local bool                     overflowed = false;
 
 uintptr_t stack_position() {
     const volatile char here = 0;
@@ -53,6 +55,12 @@ struct RecordedBody : jinja::statement {
             ctx.current_time = current->now;
             unmark(ctx, "bos_token", bos);
             unmark(ctx, "eos_token", eos);
+            if (current->tools && !current->tools->is_null()
+                && !ctx.get_val("tools")->is_undefined()) {
+                common_json shown = common_json::object();
+                shown["tools"]    = *current->tools;
+                jinja::global_from_json(ctx, shown, true);
+            }
         }
         auto results = jinja::mk_val<jinja::value_array>();
         for (const auto & statement : body) {
@@ -116,8 +124,8 @@ struct StackGuard : jinja::statement {
         constexpr uintptr_t room = 320 * 1024;  // the smallest stack of a thread is 512 KiB
         const uintptr_t     here = stack_position();
         if (std::max(here, stack_base) - std::min(here, stack_base) > room) {
-            overflowed = true;
-            throw std::runtime_error("the template nests too deep");
+            last_refusal() = "the template nests too deep";
+            throw std::runtime_error(last_refusal());
         }
         return jinja::mk_val<jinja::value_undefined>();
     }
@@ -155,6 +163,7 @@ void rewrite(jinja::statement_ptr & slot) {
         rewrite_all(n->iterable, n->body, n->default_block);
     } else if (auto * n = dynamic_cast<set_statement *>(node)) {
         rewrite_all(n->assignee, n->val, n->body);
+        slot = checked(*n);
     } else if (auto * n = dynamic_cast<macro_statement *>(node)) {
         rewrite_all(n->args, n->body);
         guard(n->body);
@@ -171,6 +180,7 @@ void rewrite(jinja::statement_ptr & slot) {
         } else {
             rewrite(n->callee);
         }
+        slot = checked(*n);
     } else if (auto * n = dynamic_cast<array_literal *>(node)) {
         rewrite(n->val);
     } else if (auto * n = dynamic_cast<tuple_literal *>(node)) {
@@ -183,8 +193,10 @@ void rewrite(jinja::statement_ptr & slot) {
         rewrite_all(n->left, n->right);
     } else if (auto * n = dynamic_cast<filter_expression *>(node)) {
         rewrite_all(n->operand, n->filter);
+        check_padding(n->filter);
     } else if (auto * n = dynamic_cast<filter_statement *>(node)) {
         rewrite_all(n->filter, n->body);
+        check_padding(n->filter);
     } else if (auto * n = dynamic_cast<select_expression *>(node)) {
         rewrite_all(n->lhs, n->test);
     } else if (auto * n = dynamic_cast<test_expression *>(node)) {
@@ -289,15 +301,15 @@ void check_template(const std::string & source) {
     // llama-common tries a template out while it makes one, and does not look at its stack.
     jinja::program program = jinja::parse_from_tokens(read);
     instrument(program, "", "");
-    overflowed = false;
+    last_refusal().clear();
     jinja::caps_get(program);
-    if (overflowed) {
-        throw std::invalid_argument("the template nests too deep");
+    if (!last_refusal().empty()) {
+        throw std::invalid_argument(last_refusal());
     }
 }
 
 RecordedRender::RecordedRender(int64_t now, bool repeats)
-    : record_(new Record{(std::time_t) now, repeats, current, {}, {}}) {
+    : record_(new Record{(std::time_t) now, repeats, current, {}, {}, nullptr}) {
     current = record_;
 }
 
@@ -305,6 +317,8 @@ RecordedRender::~RecordedRender() {
     current = record_->outer;
     delete record_;
 }
+
+void RecordedRender::show_tools(const common_json * tools) { record_->tools = tools; }
 
 void RecordedRender::clear() {
     record_->renders.clear();

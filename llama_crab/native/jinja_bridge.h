@@ -26,6 +26,8 @@ public:
     RecordedRender(const RecordedRender &) = delete;
 
     void clear();
+    // What the template sees as its tools, unless that is null; borrowed.
+    void show_tools(const common_json * tools);
     // The ranges of a prompt that came from the input of the render it begins with.
     std::vector<std::pair<size_t, size_t>> input_ranges(const std::string & prompt) const;
 

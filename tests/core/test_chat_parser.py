@@ -495,6 +495,46 @@ def test_long_arguments_come_in_time(formats: dict[str, _core.ChatTemplates]) ->
     assert behind < 200
 
 
+@pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "google-gemma-4-31B-it"])
+def test_long_texts_are_told_in_pieces_that_grow(
+    formats: dict[str, _core.ChatTemplates], name: str
+) -> None:
+    """Each look at a message costs as much as it is long."""
+    prompt = render(formats[name], [{"role": "user", "content": "Go"}], tools=None)
+    parser = _core.ChatParser(prompt)
+    parser.push("<think>\n\n</think>\n\n" if name.startswith("Qwen") else "")
+    n_deltas = {0: 0, 32: 0, 256: 0}
+    total = behind = 0
+    for size in n_deltas:
+        total += len("word" * 256 * size)
+        parser.push("word" * 256 * size)
+        for _ in range(300):
+            n_deltas[size] += len(parser.push("word"))
+            total += 4
+            behind = max(behind, total - len(parser.message["content"]))
+    parser.finish()
+    assert parser.message["content"] == "word" * (total // 4)
+    assert n_deltas[0] >= 298  # what may begin a tag is held back
+    assert 50 < n_deltas[32] < 100
+    assert 5 < n_deltas[256] < 20
+    assert behind < 300
+
+
+def test_many_calls_are_told_in_pieces_that_grow(
+    formats: dict[str, _core.ChatTemplates],
+) -> None:
+    prompt = render(formats["Qwen-Qwen2.5-7B-Instruct"], [{"role": "user", "content": "Go"}])
+    parser = _core.ChatParser(prompt)
+    n_deltas = []
+    for i in range(300):
+        call = f'<tool_call>\n{{"name": "get", "arguments": {{"key": "{i}"}}}}\n</tool_call>\n'
+        n_deltas.append(sum(len(parser.push(piece)) for piece in call))
+    parser.finish()
+    assert calls_of(dict(parser.message)) == [("get", {"key": str(i)}) for i in range(300)]
+    assert min(n_deltas[:5]) > 5
+    assert max(n_deltas[-5:]) < 5
+
+
 def test_parsers_are_made_of_prompts_alone() -> None:
     with pytest.raises(TypeError):
         _core.ChatParser(None)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jinja2
@@ -22,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_crab import _core, errors
+from llama_crab.chat_request import _json
 
 NOW = 1_700_000_000
 TEMPLATES = Path(__file__).resolve().parents[2] / "third_party/llama.cpp/models/templates"
@@ -630,11 +632,101 @@ def test_a_macro_that_calls_itself_ends_in_an_error(smol: _core.Model) -> None:
         by_bridge(found, [user("x")], [], template_kwargs='{"deep": true}')
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set a = [1] %}{% set _ = a.append(a) %}{{ a }}",
+        "{% set a = [1] %}{% set b = [a] %}{% set _ = a.append({'k': b}) %}{{ a | tojson }}",
+        "{% set ns = namespace() %}{% set ns.a = [ns] %}{{ ns | tojson }}",
+        "{% set ns = namespace(a=[]) %}{% for i in range(999) %}{% set ns.a = [ns.a] %}"
+        "{% endfor %}{{ ns.a }}",
+        "{% set a = [] %}" + "{% set a = [a, a] %}" * 60,
+        "{{ [1] | tojson(indent=100000000) }}",
+        "{{ [1] | tojson(false, -4294867296) }}",
+        "{{ 'x\ny' | indent(9999999999) }}",
+        "{{ 'x\ny'.indent(width=9999999999) }}",
+    ],
+)
+def test_values_without_an_end_end_in_an_error(smol_path: Path, source: str) -> None:
+    code = f"""
+import sys
+from llama_crab import _core, errors
+from llama_crab.chat_request import _json
+model = _core.Model({str(smol_path)!r}, vocab_only=True)
+try:
+    _core.ChatTemplates(model, sys.stdin.read()).render('[]', now=0)
+except errors.ChatTemplateError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=source, capture_output=True, text=True, check=True
+    )
+    assert re.search("cannot hold itself|too large|blanks", done.stdout)
+
+
+def test_a_model_file_may_hold_a_bad_template(
+    tiny_gguf: ModuleType, vocab_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        tiny_gguf, "CHAT_TEMPLATE", "{% set a = [1] %}{% set _ = a.append(a) %}{{ a }}"
+    )
+    tokens = tiny_gguf.bpe_tokens(vocab_folder / "ggml-vocab-gpt-2.gguf")
+    path = tiny_gguf.write_model(tmp_path / "bad.gguf", tokens)[0]
+    code = f"""
+from llama_crab import _core, errors
+try:
+    _core.ChatTemplates(_core.Model({str(path)!r}, vocab_only=True), None)
+except errors.ChatTemplateError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "cannot hold itself" in done.stdout
+
+
+def test_values_with_an_end_are_kept(smol: _core.Model) -> None:
+    source = (
+        "{% set ns = namespace(a=[]) %}{% set b = [1] %}{% set _ = b.append([2]) %}"
+        "{% for i in range(3) %}{% set ns.a = [ns.a, i] %}{% set _ = b.append(i) %}{% endfor %}"
+        "{% set ns.pop = b.pop() %}"
+        "{% set c = {'k': b} %}{{ ns.a | tojson(indent=none) }}{{ c | tojson }}{{ ns.pop }}"
+    )
+    prompt = by_bridge(_core.ChatTemplates(smol, source), [user("x")], [])
+    assert prompt.text == '[[[[], 0], 1], 2]{"k": [1, [2], 0, 1]}2'
+
+
+# All that could mark a place in a render, as characters and as their escapes.
+MARKS = "".join(map(chr, [*range(1, 7), *range(14, 27)]))
+ESCAPES = "".join(f"\\u{ord(mark):04x}" for mark in MARKS)
+
+
+@pytest.mark.parametrize("text", [MARKS, ESCAPES, MARKS.upper() + ESCAPES.upper()])
+def test_control_characters_are_text(templates: dict[str, _core.ChatTemplates], text: str) -> None:
+    """Nothing has to be marked, so that none has to be left over."""
+    found = templates["Qwen-Qwen3-0.6B"]
+    assert text in by_bridge(found, [user(text)], []).text
+    with pytest.raises(errors.ChatTemplateError, match="too many kinds"):
+        by_bridge(found, [user(text + "<|im_end|>")], [])
+    last = [user(text), assistant("One")]
+    with pytest.raises(errors.ChatTemplateError, match="too many kinds"):
+        by_bridge(found, last, [], continue_final_message="auto", add_generation_prompt=False)
+    few = text.replace(MARKS[0], "").replace(ESCAPES[:6], "").replace(ESCAPES[:6].upper(), "")
+    special = by_bridge(found, [user(few + "<|im_end|>")], [])
+    assert few + "<|im_end|>" in special.text
+
+
+def test_texts_are_handed_over_as_they_are() -> None:
+    """Escapes make texts in other scripts three times as long; half a pair has no other form."""
+    text = _json("messages", [user("東京 \x01")])
+    assert text == '[{"role": "user", "content": "東京 \\u0001"}]'
+    assert _json("messages", "\ud83e") == '"\\ud83e"'
+
+
 def test_nothing_is_printed(smol_path: Path) -> None:
     """llama-common logs to stderr from a thread of its own."""
     code = f"""
 import json
 from llama_crab import _core, errors
+from llama_crab.chat_request import _json
 model = _core.Model({str(smol_path)!r}, vocab_only=True)
 for source in ("{{{{ messages[0].x }}}}", "{{% for %}}", "{{{{ raise_exception('no') }}}}"):
     try:
