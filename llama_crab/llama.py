@@ -49,7 +49,10 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
 
     @classmethod
     def _load_on(cls, model: _core.Model, params: LlamaParams) -> Llama:
-        """Return an object on weights that the caller has loaded, and closes after it."""
+        """Return an object on weights that the caller has loaded, and closes after it.
+
+        `params` are resolved: they say what the weights were loaded with.
+        """
         llama = cls.__new__(cls)
         llama._open(params, model)
         return llama
@@ -57,16 +60,16 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
     def _open(self, params: LlamaParams, model: _core.Model | None = None) -> None:
         started = time.perf_counter()
         self._owns_model = model is None
-        if params.profile is not None:
+        if model is None and params.profile is not None:
             from .tuning.profile import apply_profile
 
             params = apply_profile(params)
         try:
             if model is None:
                 self._model, params = open_model(params)
+                self.params = resolve_params(params, self._model)
             else:
-                self._model = model
-            self.params = resolve_params(params, self._model)
+                self._model, self.params = model, params
             self._context = _core.Context(self._model, **self.params.context_params())
             self._vocab = self._model.vocab
             if self.params.embeddings:
@@ -247,5 +250,10 @@ def resolve_params(params: LlamaParams, model: _core.Model) -> LlamaParams:
     return params.resolve(
         n_ctx_train=model.n_ctx_train,
         n_threads=default_n_threads(),
-        offloaded=_core.supports_gpu_offload() and params.n_gpu_layers != 0,
+        offloaded=offloads(params),
     )
+
+
+def offloads(params: LlamaParams) -> bool:
+    """Return whether a GPU computes layers."""
+    return _core.supports_gpu_offload() and params.n_gpu_layers != 0

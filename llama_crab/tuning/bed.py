@@ -9,7 +9,7 @@ from types import TracebackType
 
 from .. import _core, logs
 from ..errors import ClosedError, ContextLengthError, OutOfMemoryError
-from ..llama import Llama, open_model, resolve_params
+from ..llama import Llama, offloads, open_model, resolve_params
 from ..params import INT32_MAX, LlamaParams, ParameterError, require_integer
 from .probe import available_memory
 
@@ -302,11 +302,7 @@ def kv_bytes(model: _core.Model, params: LlamaParams) -> int:
     """
     if model.is_recurrent or model.is_hybrid or (model.n_swa > 0 and params.swa_full is False):
         return 0
-    if (
-        _core.supports_gpu_offload()
-        and params.n_gpu_layers != 0
-        and params.offload_kqv is not False
-    ):
+    if offloads(params) and params.offload_kqv is not False:
         return 0
     metadata = model.metadata
     arch = metadata.get("general.architecture", "")

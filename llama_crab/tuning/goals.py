@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .. import _core
+from ..llama import offloads
 from ..params import LlamaParams, ParameterError
 from .search import Lever
 from .surface import KV_TYPE, Part
@@ -137,7 +138,7 @@ def _levers(
     parts: tuple[Part, ...],
     allow_quantised_kv: bool,
 ) -> tuple[dict[str, Any], tuple[Lever, ...]]:
-    gpu = _core.supports_gpu_offload() and params.n_gpu_layers != 0
+    gpu = offloads(params)
     found: list[tuple[Any, Lever]] = []
 
     def add(name: str, value: Any, candidates: tuple[Any, ...], *, ordered: bool = True) -> None:
