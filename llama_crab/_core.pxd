@@ -25,6 +25,7 @@ from libcpp.vector cimport vector
 
 from llama_crab.capi cimport lib
 from llama_crab.capi cimport native as nat
+from llama_crab.capi cimport ngram
 
 
 cdef class Model:
@@ -152,6 +153,21 @@ cdef class LatencyHistogram:
 
 cdef class StepCounters:
     cdef shared_ptr[nat.CStepCounters] _c_counters  # a Stepper's, or zeros
+
+
+cdef class NgramCache:
+    cdef shared_ptr[ngram.CNgramCache] _c_cache
+
+
+cdef class Speculation:
+    cdef nat.Speculation _c_speculation  # holds a share of the n-gram cache
+
+
+cdef class DraftControl:
+    cdef nat.DraftControl *_c_control   # owned
+    cdef vector[nat.DraftAcceptance] _c_acceptance  # by slot
+
+    cdef int _require_slot(self, int slot) except -1
 
 
 cdef class Stepper:

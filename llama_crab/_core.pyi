@@ -84,6 +84,12 @@ class _CommonFit(TypedDict):
     tensor_split: list[float]
     n_overrides: int
 
+class _SpeculationStats(TypedDict):
+    cost_us: dict[int, float]
+    acceptance: dict[str, dict[int, tuple[float, float]]]
+    expected_gain: float
+    measured_gain: float
+
 class _Perf(TypedDict):
     t_load_ms: float
     t_p_eval_ms: float
@@ -569,11 +575,47 @@ class LatencyHistogram:
 @final
 class StepCounters:
     def __new__(cls) -> Self: ...
-    def read(self) -> tuple[int, int, int, int, int, int, int]: ...
+    def read(self) -> tuple[int, int, int, int, int, int, int, int, int, int, int]: ...
     @property
     def first_token(self) -> LatencyHistogram: ...
     @property
     def inter_token(self) -> LatencyHistogram: ...
+
+@final
+class Speculation:
+    def __new__(
+        cls,
+        n_max: int,
+        *,
+        fixed: bool = False,
+        min_ngram: int = 0,
+        max_ngram: int = 0,
+        cache: NgramCache | None = None,
+        model: bool = False,
+        user: bool = False,
+    ) -> Self: ...
+
+_DraftOrigin = Literal["lookup", "cache", "model", "user"]
+
+@final
+class DraftControl:
+    def __new__(cls, n_slots: int, *, split: bool = False) -> Self: ...
+    def choose(
+        self,
+        base: list[int],
+        offers: list[tuple[int, _DraftOrigin, int, int, bool]],
+        n_room: int,
+    ) -> list[int]: ...
+    def observe_batch(
+        self, layout: list[int], n_drafted: int, n_slots: int, n_given: int, us: int
+    ) -> None: ...
+    def observe_token(
+        self, slot: int, origin: _DraftOrigin, agreed: int, held: bool
+    ) -> None: ...
+    def observe_drafting(self, origin: _DraftOrigin, n_tokens: int, us: int) -> None: ...
+    def cost_us(self, n_tokens: int) -> float: ...
+    @property
+    def gains(self) -> tuple[float, float]: ...
 
 @final
 class Stepper:
@@ -604,6 +646,7 @@ class Stepper:
         rank: int = 0,
         adapters: int = 0,
         submit_us: int = 0,
+        speculation: Speculation | None = None,
     ) -> int: ...
     def step(
         self,
@@ -611,7 +654,10 @@ class Stepper:
         n_steps_max: int = 1,
         process: Callable[[list[int], RowScratch], Iterable[int]] | None = None,
         until_us: int = 0,
+        draft: Callable[[list[int]], Mapping[int, _Tokens]] | None = None,
     ) -> list[int]: ...
+    def drafts(self, i: int) -> tuple[int, int]: ...
+    def speculation(self) -> _SpeculationStats: ...
     def hold(self, i: int, held: bool) -> None: ...
     def suspend(self, i: int) -> SuspendedSlot: ...
     def resume(self, i: int, suspended: SuspendedSlot, source: int, n_keep: int) -> int: ...
@@ -643,6 +689,8 @@ class Stepper:
     def can_cut_saved(self) -> bool: ...
     @property
     def can_abort(self) -> bool: ...
+    @property
+    def can_draft(self) -> bool: ...
     @property
     def prompt_us(self) -> float: ...
     @property

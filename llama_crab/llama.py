@@ -19,6 +19,7 @@ from .model_identity import state_key
 from .params import LlamaParams, ParameterError
 from .perf import Measurement, Perf, PerfMeter
 from .request_builder import RequestBuilder
+from .speculative import Drafts
 from .vector_methods import VectorMethods, cannot_generate
 
 TYPE_CHECKING = False
@@ -81,7 +82,10 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
                 self._engine = Engine(scheduler)
                 self._meter = PerfMeter(scheduler.stepper.counters, scheduler.tally)
                 self._lora = LoraSets(self._model, self._engine)
-                self._builder = RequestBuilder(self._vocab, self.params, self.n_ctx, self._lora)
+                drafts = self._drafts(scheduler.stepper)
+                self._builder = RequestBuilder(
+                    self._vocab, self.params, self.n_ctx, self._lora, drafts
+                )
                 self._chats = ChatRequests(self._model, self._vocab, self.params, self._builder)
         finally:
             logs.flush()
@@ -188,6 +192,15 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
         Bytes that are no UTF-8 become U+FFFD. Wraps ``llama_detokenize``.
         """
         return self._vocab.detokenize(tokens, False, special).decode("utf-8", "replace")
+
+    def _drafts(self, stepper: _core.Stepper) -> Drafts:
+        """Return what makes drafts of the kinds that requests may ask for."""
+        return Drafts(
+            self.params.speculative,
+            can_draft=stepper.can_draft,
+            n_rows=self._context.n_outputs_max - self._context.n_seq_max,
+            cache=None,
+        )
 
     def _snapshots(self) -> SnapshotStore | None:
         """Return the place for what has to leave the KV cache."""

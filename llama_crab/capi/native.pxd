@@ -8,6 +8,9 @@ from libcpp.pair cimport pair
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from llama_crab.capi.speculation cimport (
+    DraftAcceptance, DraftControl, Drafting, DraftOffer, DraftOrigin, N_AGREEMENT_CLASSES, N_COSTS,
+    N_DRAFT_ORIGINS, Speculation, draft_origin, smallest_agreement)
 from llama_crab.capi.llama cimport (
     llama_adapter_lora, llama_batch, llama_context, llama_context_params, llama_model,
     llama_model_params, llama_sampler, llama_token, llama_token_data_array, llama_vocab)
@@ -238,6 +241,7 @@ cdef extern from "native/slot.h" namespace "llama_crab" nogil:
         vector[int32_t] stop_tokens
         RowSampler *sampler
         bool processed
+        Speculation speculation
 
     cppclass Slot:
         bool active
@@ -257,6 +261,7 @@ cdef extern from "native/slot.h" namespace "llama_crab" nogil:
         int64_t first_us
         int64_t last_us
         int64_t sample_us
+        Drafting draft
         int32_t n_generated()
 
 cdef extern from "native/step_budget.h" namespace "llama_crab" nogil:
@@ -281,6 +286,10 @@ cdef extern from "native/step_counters.h" namespace "llama_crab" nogil:
         int64_t decode_us
         int64_t prefill_us
         int64_t sample_us
+        int64_t n_drafted
+        int64_t n_draft_accepted
+        int64_t drafting_us
+        int64_t draft_saved_us
         shared_ptr[CLatencyHistogram] first_token
         shared_ptr[CLatencyHistogram] inter_token
     shared_ptr[CStepCounters] make_step_counters \
@@ -308,6 +317,10 @@ cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
         void copy_rows(float *rows) except +
         void sample(Status& status) except +
         void discard_rows() except +
+        const vector[int32_t]& slots_to_draft() except +
+        void set_draft(int32_t i, vector[int32_t] tokens) except +
+        bool can_draft()
+        const DraftControl& draft_control()
         void fail(int32_t i, const string& message) except +
         void release(int32_t i, Finish finish)
         void clear(int32_t i) except +

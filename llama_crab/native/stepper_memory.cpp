@@ -154,6 +154,7 @@ std::unique_ptr<Slot> Stepper::suspend(int32_t i) {
     slots_[(size_t) i] = Slot();
     taken->active         = true;
     taken->held           = false;
+    taken->draft.drop();
     taken->request.leader = -1;
     return taken;
 }
@@ -244,6 +245,7 @@ void Stepper::resync() {
         }
         slot.cut(n);
     }
+    drop_drafts();
 }
 
 void Stepper::set_adapters(int32_t index, AdapterSet set) {

@@ -19,7 +19,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         (
             *("sampling", "sampling_stages", "sampling_compile", "params", "timings"),
-            *("perf", "param_rules"),
+            *("perf", "param_rules", "speculative"),
             *("completion", "hub", "packaged", "logs", "engine", "stream", "handle", "session"),
             *("request_builder", "lora", "model_identity", "mapping", "openai_fields"),
             *("embedding", "infill", "rerank", "structured", "tools", "tool_loop"),

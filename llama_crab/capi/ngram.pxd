@@ -1,0 +1,3 @@
+cdef extern from "native/ngram_cache.h" namespace "llama_crab" nogil:
+    cppclass CNgramCache "llama_crab::NgramCache":
+        pass
