@@ -299,6 +299,8 @@ def kv_bytes(model: _core.Model, params: LlamaParams) -> int:
     """Return about how many bytes of host memory the KV cache of resolved `params` takes.
 
     0 where that is not known: on a GPU, with a sliding window, with a recurrent state.
+    `_core.measure_memory` knows it for these, too, but reads the file's metadata again, which takes
+    0.1 to 0.9 s for each context.
     """
     if model.is_recurrent or model.is_hybrid or (model.n_swa > 0 and params.swa_full is False):
         return 0
@@ -308,7 +310,10 @@ def kv_bytes(model: _core.Model, params: LlamaParams) -> int:
     arch = metadata.get("general.architecture", "")
     head = model.n_embd // max(1, model.n_head)
     bits = 0.0
-    for name, kind in (("key_length", params.type_k), ("value_length", params.type_v)):
+    parts = [("key_length", params.type_k), ("value_length", params.type_v)]
+    if f"{arch}.attention.key_length_mla" in metadata:
+        parts.pop()  # values are a part of the keys
+    for name, kind in parts:
         width = int(metadata.get(f"{arch}.attention.{name}", head))
         bits += width * _CACHE_BITS[kind or "f16"]
     n_ctx = params.n_ctx or model.n_ctx_train

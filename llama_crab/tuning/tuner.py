@@ -236,7 +236,10 @@ def _report(
     )
     saved = None
     if save and (profile.params or not interrupted):
-        saved = str(profile.save())
+        try:
+            saved = str(profile.save())
+        except OSError as error:  # what minutes have found is not thrown away for that
+            notes.append(f"the profile could not be saved: {error}")
     rates = {
         part: {where: statistics.median(values) for where, values in by_point.items()}
         for part, by_point in surface.seconds.items()
