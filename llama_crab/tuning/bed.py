@@ -11,6 +11,7 @@ from .. import _core, logs
 from ..errors import ClosedError, ContextLengthError, OutOfMemoryError
 from ..llama import Llama, offloads, open_model, resolve_params
 from ..params import INT32_MAX, LlamaParams, ParameterError, require_integer
+from ..vector_methods import cannot_generate
 from .probe import available_memory
 
 TYPE_CHECKING = False
@@ -53,10 +54,11 @@ class Bed:
         try:
             # Which layers are where was decided when the weights were loaded.
             params = params.replace(**self._weights.fields)
+            # First, or the defaults of an embedder are what its error is about.
+            if params.embeddings or (params.embeddings is None and cannot_generate(self.model)):
+                raise ParameterError("model: it embeds texts and does not generate")
             self.params = resolve_params(params, self.model)
             """The parameters with all defaults filled in."""
-            if self.params.embeddings:
-                raise ParameterError("model: it embeds texts and does not generate")
             self._open_context()
         except BaseException:
             self.close()

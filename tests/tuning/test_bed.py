@@ -164,6 +164,8 @@ def test_a_model_that_cannot_be_measured(
         Bed(LlamaParams(tmp_path / "none.gguf"))
     with pytest.raises(ParameterError, match="embeds"):
         Bed(LlamaParams(tiny_embedder_path))
+    with pytest.raises(ParameterError, match="embeds"):
+        Bed(Prefill(8).fit(LlamaParams(tiny_embedder_path)))
     with pytest.raises(ContextCreateError):
         Bed(LlamaParams(tiny_path, n_ctx=2_000_000_000))
     assert _core.live_handles()["models"] == live
