@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 INT32_MAX = 2**31 - 1
+_FLOAT32_MAX = 3.4028234e38
 MAX_SEQUENCES = 256
 # Beyond it ggml's thread pool has no affinity slots; creating threads without end aborts.
 MAX_THREADS = 512
@@ -128,7 +129,7 @@ def real(name: str, value: Any, minimum: float) -> float:
     """Return `value` as a finite float of at least `minimum`."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, (bool, str)) or not math.isfinite(number):
         raise ParameterError(f"{name}: expected a finite number, not {value!r}")
@@ -146,7 +147,8 @@ def boolean(name: str, value: Any, _: None) -> bool:
 
 def devices(name: str, value: Any, _: None) -> tuple[str, ...]:
     """Return device names as a tuple; one may be given alone."""
-    names = (value,) if isinstance(value, str) else tuple(value)
+    several = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+    names = tuple(value) if several else (value,)
     if not all(isinstance(device, str) and device for device in names):
         raise ParameterError(f"{name}: expected device names, not {value!r}")
     return names
@@ -159,6 +161,8 @@ def tensor_split(name: str, value: Any, _: None) -> tuple[float, ...]:
     parts = tuple(real(name, part, 0.0) for part in value)
     if not any(parts):
         raise ParameterError(f"{name}: at least one proportion must be above 0")
+    if sum(parts) > _FLOAT32_MAX:
+        raise ParameterError(f"{name}: {max(parts):g} is beyond what a 32-bit float adds up")
     return parts
 
 

@@ -263,7 +263,8 @@ class PerfMeter:
     @property
     def perf(self) -> Perf:
         """What happened since it was made or `reset`."""
-        return self.read().since(self._begin)
+        begin = self._begin  # first: another thread may reset it meanwhile
+        return self.read().since(begin)
 
     def reset(self) -> None:
         """Count from here on."""
@@ -307,7 +308,8 @@ class Measurement:
     @property
     def perf(self) -> Perf:
         """Counts, seconds and latencies."""
-        return (self._end or self._meter.read()).since(self._begin)
+        begin = self._begin
+        return (self._end or self._meter.read()).since(begin)
 
     @property
     def peak_rss_growth(self) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
@@ -11,7 +11,8 @@ import pytest
 
 from .chat_request import Messages
 from .llama import Llama
-from .params import ParameterError
+from .param_rules import real
+from .params import INT32_MAX, ParameterError, require_integer
 from .perf import Perf
 from .timings import CompletionTimings
 
@@ -33,7 +34,7 @@ class BenchResult:
     itl_p50_ms, itl_p99_ms
         Milliseconds between two tokens, percentiles within a round.
     tokens_per_sec
-        Generated tokens per second behind the first, as ``timings.predicted_per_sec``.
+        Generated tokens per second, as ``timings.predicted_per_sec``: high for a few tokens.
     prompt_tokens_per_sec
         Prompt tokens computed per second.
     prompt_n, cached_n, predicted_n
@@ -92,10 +93,13 @@ class LlamaBench:
         time (``cache_prompt=False``). With ``cache_prompt=True`` the warm-up leaves it in the
         cache, and every round finds it there. The other options are the completion's.
 
-        A budget that the median misses fails the test. With ``--benchmark-disable`` there is one
-        round, and no budget is looked at. Raises `ParameterError` for `rounds` < 1 and for
-        ``stream`` and ``callback``, and what the completion raises.
+        A budget that the median misses fails the test, and so does one that an answer was too short
+        to measure. With ``--benchmark-disable`` there is one round, and no budget is looked at.
+        Raises `ParameterError` for another `llama` than a `Llama`, `rounds` < 1, a budget that is
+        no number, ``stream`` and ``callback``, and what the completion raises.
         """
+        if not isinstance(llama, Llama):
+            raise ParameterError(f"llama: expected a Llama, not {type(llama).__name__}")
         given = {
             "max_ttft_ms": max_ttft_ms,
             "max_itl_p50_ms": max_itl_p50_ms,
@@ -103,17 +107,19 @@ class LlamaBench:
             "min_tokens_per_sec": min_tokens_per_sec,
             "min_prompt_tokens_per_sec": min_prompt_tokens_per_sec,
         }
-        if not isinstance(rounds, int) or rounds < 1:
-            raise ParameterError(f"rounds: {rounds!r} is no positive number")
+        budgets = {name: real(name, v, 0.0) for name, v in given.items() if v is not None}
+        require_integer("rounds", rounds, (1, INT32_MAX))
         if refused := options.keys() & {"stream", "callback"}:
             raise ParameterError(f"{min(refused)}: not in a benchmark")
         options = {"seed": 0, "cache_prompt": False, **options}
         samples: list[BenchResult] = []
+        unmeasured: set[str] = set()
 
         def run() -> None:
             with llama.measure() as m:
                 timings = _complete(llama, prompt, max_tokens, options)
             samples.append(_sample(timings, m.perf))
+            unmeasured.update(_unmeasured(m.perf))
 
         if not isinstance(prompt, str):
             prompt = cast("Prompt", list(prompt))  # it is read once a round
@@ -123,12 +129,12 @@ class LlamaBench:
         result = _medians(samples)
         self._benchmark.extra_info.update(asdict(result))
         if not self._benchmark.disabled:
-            _check(result, samples, given)
+            _check(result, samples, budgets, unmeasured)
         return result
 
 
 def _complete(llama: Llama, prompt: Any, max_tokens: int, options: Any) -> CompletionTimings:
-    is_chat = not isinstance(prompt, str) and prompt and not isinstance(prompt[0], int)
+    is_chat = not isinstance(prompt, str) and prompt and not hasattr(prompt[0], "__index__")
     create: Any = llama.create_chat_completion if is_chat else llama.create_completion
     timings: CompletionTimings = create(prompt, max_tokens, **options).timings
     return timings
@@ -147,18 +153,36 @@ def _sample(timings: CompletionTimings, perf: Perf) -> BenchResult:
     )
 
 
+def _unmeasured(perf: Perf) -> Iterator[str]:
+    """Yield the fields that an answer of so few tokens says nothing about."""
+    if perf.first_token.n == 0:
+        yield "ttft_ms"
+    if perf.inter_token.n == 0:
+        yield from ("itl_p50_ms", "itl_p99_ms", "tokens_per_sec")
+
+
 def _medians(samples: Iterable[BenchResult]) -> BenchResult:
     rows = list(samples)
     names = [item.name for item in fields(BenchResult)]
     return BenchResult(**{n: statistics.median(getattr(row, n) for row in rows) for n in names})
 
 
-def _check(result: BenchResult, samples: list[BenchResult], given: dict[str, float | None]) -> None:
-    """Fail the test when a median is beyond its budget."""
+def _check(
+    result: BenchResult,
+    samples: list[BenchResult],
+    budgets: Mapping[str, float],
+    unmeasured: Collection[str],
+) -> None:
+    """Fail the test when a median is beyond its budget, or says nothing."""
     missed = []
     for name, value, is_maximum, what, unit in _BUDGETS:
-        bound, found = given[name], getattr(result, value)
-        if bound is not None and (found > bound if is_maximum else found < bound):
+        bound, found = budgets.get(name), getattr(result, value)
+        if bound is None:
+            continue
+        if value in unmeasured:
+            n = min(sample.predicted_n for sample in samples)
+            missed.append(f"{what}: nothing to measure in an answer of {n:g} tokens ({name})")
+        elif found > bound if is_maximum else found < bound:
             each = ", ".join(f"{getattr(sample, value):.4g}" for sample in samples)
             missed.append(
                 f"{what}: {found:.4g} {unit}, but {name}={bound:g}"

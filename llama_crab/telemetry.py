@@ -50,13 +50,20 @@ def instrument(llama: Llama | AsyncLlama, *, tracer_provider: TracerProvider | N
     llama = llama.llama if isinstance(llama, AsyncLlama) else llama
     llama._require_text()
     tracer = trace.get_tracer(__name__, __version__, tracer_provider)
-    llama._engine.on_submit = partial(_begin, tracer, llama._name)
+    llama._engine.on_submit = partial(_try_begin, tracer, llama._name)
 
 
 def uninstrument(llama: Llama | AsyncLlama) -> None:
     """Record no spans for further requests."""
     llama = llama.llama if isinstance(llama, AsyncLlama) else llama
     llama._engine.on_submit = None
+
+
+def _try_begin(tracer: Tracer, model: str, request: Request) -> None:
+    try:
+        _begin(tracer, model, request)
+    except Exception:  # of a sampler or a processor of spans: no reason to refuse the request
+        logging.getLogger(__name__).exception("a span was lost")
 
 
 def _begin(tracer: Tracer, model: str, request: Request) -> None:

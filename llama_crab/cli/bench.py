@@ -139,7 +139,10 @@ def _write(report: BenchReport, args: argparse.Namespace) -> None:
     if args.plot is not None:
         from ..tuning.bench_plot import plot
 
-        plot(report, args.plot)
+        if any(row.seconds for row in report.rows):
+            plot(report, args.plot)
+        else:
+            print(f"{args.plot} is not written: nothing was measured", file=sys.stderr)
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 NAME = "tune"
 EXIT_INTERRUPTED = 130
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also try q8_0 and q4_0 KV caches, which change what the model answers",
     )
     parser.add_argument("--report", metavar="FILE", help="write FILE.html or FILE.png (matplotlib)")
-    parser.add_argument("--output", metavar="FILE", help="save the profile there as well")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="save the profile there as well"
+    )
     parser.add_argument("--no-save", action="store_true", help="leave the saved profile as it is")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -53,6 +56,8 @@ def main(args: argparse.Namespace) -> int:
             # Before the work, not after it.
             tune_report.check_path(args.report)
             tune_report.require_matplotlib()
+        if args.output is not None:
+            _check_output(args.output)
         report = tune(
             args.model,
             goal=args.goal,
@@ -64,15 +69,24 @@ def main(args: argparse.Namespace) -> int:
         )
     except ParameterError as error:
         raise argparse.ArgumentError(None, _as_option(str(error))) from error
+    # First what cannot fail: what was found is then seen whatever happens to the files.
+    if args.json:
+        print(json.dumps(tune_report.to_dict(report), ensure_ascii=False, indent=2), flush=True)
+    else:
+        print(tune_report.as_text(report), flush=True)
     if args.output is not None and (report.profile.params or report.ended != "interrupted"):
         report.profile.save(args.output)
     if args.report is not None:
         tune_report.write_report(report, args.report)
-    if args.json:
-        print(json.dumps(tune_report.to_dict(report), ensure_ascii=False, indent=2))
-    else:
-        print(tune_report.as_text(report))
     return EXIT_INTERRUPTED if report.ended == "interrupted" else 0
+
+
+def _check_output(path: Path) -> None:
+    """Find out before the work what would lose the profile after it."""
+    if not path.resolve().parent.is_dir():
+        raise argparse.ArgumentError(None, f"--output: there is no folder {path.parent}")
+    if path.is_dir():
+        raise argparse.ArgumentError(None, f"--output: {path} is a folder")
 
 
 def _progress(line: str) -> None:

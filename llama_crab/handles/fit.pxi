@@ -25,6 +25,9 @@ cdef class _FitRequest:
         for field, value in context_fields.items():
             _set_context_param(&self.context, field, value)
         _refuse_unfit_fields(&self.context, self.context.n_ctx or 0xFFFFFFFF)
+        rooms = list(rooms)
+        if len({name for name, _, _ in rooms}) < len(rooms):
+            raise ValueError("rooms must have different names")
         for name, free, total in rooms:
             room.name = name.encode()
             room.free = _integer("free", free, 0, (1 << 63) - 1)
@@ -40,7 +43,10 @@ cdef class _FitRequest:
         cls = errors.ModelLoadError
         if status.kind == nat.STATUS_FAILED and "context" in _str(status.message):
             cls = errors.ContextCreateError
-        return _error(cls, status, mark, f"cannot measure {os.fsdecode(self.path)}")
+        message = f"cannot measure {os.fsdecode(self.path)}"
+        if status.kind == nat.STATUS_NO_MEMORY:
+            message = f"{message}: {_str(status.message)}"
+        return _error(cls, status, mark, message)
 
 
 def measure_memory(path, model_fields, context_fields, rooms=()):
@@ -52,7 +58,8 @@ def measure_memory(path, model_fields, context_fields, rooms=()):
     host's, and ``n_layer_max``, the ``n_gpu_layers`` that offloads everything.
 
     Costs as much as loading the metadata: no tensor is read. Raises `ModelNotFoundError`,
-    `ModelLoadError`, `ContextCreateError`. Thread-safety: any thread.
+    `ModelLoadError`, `ContextCreateError`, and `OutOfMemoryError` for more cells of a KV cache than
+    main memory could keep account of. Thread-safety: any thread.
 
     Wraps ``llama_get_memory_breakdown``.
     """

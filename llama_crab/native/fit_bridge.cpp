@@ -54,6 +54,9 @@ MemoryUse measure_memory(const std::string & path, llama_model_params model_para
         if (model == nullptr) {
             return;
         }
+        if (!has_room_for_cells(model->model, context_params, status)) {
+            return;
+        }
         const std::unique_ptr<llama_context, ContextDeleter> ctx(
             llama_init_from_model(model->model, context_params));
         if (ctx == nullptr) {

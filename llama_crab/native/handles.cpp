@@ -127,9 +127,30 @@ void ContextHandle::set_threads(int32_t n_threads, int32_t n_threads_batch) {
                             threadpool_batch_ != nullptr ? threadpool_batch_ : threadpool_);
 }
 
+bool has_room_for_cells(const llama_model * model, const llama_context_params & params,
+                        Status & status) {
+    // llama_kv_cells: position, shift and extent of a cell, and a bit for each sequence.
+    const uint64_t cell_bytes = 4 * sizeof(llama_pos) + llama_max_parallel_sequences() / 8;
+    const uint64_t n_caches   = llama_model_n_swa(model) > 0 && params.swa_full ? 2 : 1;
+    const uint64_t n_ctx      = params.n_ctx != 0 ? params.n_ctx : llama_model_n_ctx_train(model);
+    const uint64_t needed     = n_ctx * n_caches * cell_bytes;
+    size_t free = 0, total = 0;
+    ggml_backend_dev_memory(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), &free, &total);
+    if (total == 0 || needed <= total || llama_model_is_recurrent(model)) {
+        return true;
+    }
+    status.set(Status::no_memory, "n_ctx=" + std::to_string(n_ctx) + " needs " +
+        std::to_string(needed >> 30) + " GiB of main memory for the cells of the KV cache alone, " +
+        "the machine has " + std::to_string(total >> 30) + " GiB");
+    return false;
+}
+
 ContextPtr create_context(ModelPtr model, llama_context_params params, Status & status) noexcept {
     ContextPtr result;
     guarded(status, [&] {
+        if (!has_room_for_cells(model->model, params, status)) {
+            return;
+        }
         llama_context * ctx = llama_init_from_model(model->model, params);
         if (ctx == nullptr) {
             status.set(Status::failed, "llama.cpp could not create the context");

@@ -96,6 +96,11 @@ private:
 };
 using ContextPtr = std::shared_ptr<ContextHandle>;
 
+// Whether main memory holds what a cache keeps of each cell outside of its tensors; else `status`
+// says what it takes. Linux grants any amount, and kills the process that fills it.
+bool has_room_for_cells(const llama_model * model, const llama_context_params & params,
+                        Status & status);
+
 ContextPtr create_context(ModelPtr model, llama_context_params params, Status & status) noexcept;
 
 // llama_decode (or llama_encode) with the codes of llama.h in status.code; an assertion marks the

@@ -62,13 +62,15 @@ ggml_backend_buffer_i empty_buffer() {
 
 struct PlannedDevice::Impl {
     DeviceRoom               room;
+    // llama.cpp takes buffer types of one name for one, and a room may be called as one of the host's.
+    std::string              buffer_name;
     ggml_backend_reg         reg;
     ggml_backend_device      device;
     ggml_backend_buffer_type buft;
 
     static Impl & of(ggml_backend_dev_t dev) { return *static_cast<Impl *>(dev->context); }
 
-    explicit Impl(DeviceRoom room_) : room(std::move(room_)), reg(), device(), buft() {
+    explicit Impl(DeviceRoom room_) : room(std::move(room_)), buffer_name("planned:" + room.name), reg(), device(), buft() {
         reg.api_version            = GGML_BACKEND_API_VERSION;
         reg.context                = this;
         reg.iface.get_name         = [](ggml_backend_reg_t) { return "planned"; };
@@ -80,7 +82,7 @@ struct PlannedDevice::Impl {
         buft.device               = &device;
         buft.context              = this;
         buft.iface.get_name       = [](ggml_backend_buffer_type_t buft) {
-            return static_cast<Impl *>(buft->context)->room.name.c_str();
+            return static_cast<Impl *>(buft->context)->buffer_name.c_str();
         };
         buft.iface.get_alignment  = [](ggml_backend_buffer_type_t) { return alignment; };
         buft.iface.get_alloc_size = get_alloc_size;

@@ -11,6 +11,7 @@ from .. import _core, logs
 from ..errors import ClosedError, ContextLengthError, OutOfMemoryError
 from ..llama import Llama, offloads, open_model, resolve_params
 from ..params import INT32_MAX, LlamaParams, ParameterError, require_integer
+from ..vector_methods import cannot_generate
 from .probe import available_memory
 
 TYPE_CHECKING = False
@@ -53,10 +54,11 @@ class Bed:
         try:
             # Which layers are where was decided when the weights were loaded.
             params = params.replace(**self._weights.fields)
+            # First, or the defaults of an embedder are what its error is about.
+            if params.embeddings or (params.embeddings is None and cannot_generate(self.model)):
+                raise ParameterError("model: it embeds texts and does not generate")
             self.params = resolve_params(params, self.model)
             """The parameters with all defaults filled in."""
-            if self.params.embeddings:
-                raise ParameterError("model: it embeds texts and does not generate")
             self._open_context()
         except BaseException:
             self.close()
@@ -299,6 +301,8 @@ def kv_bytes(model: _core.Model, params: LlamaParams) -> int:
     """Return about how many bytes of host memory the KV cache of resolved `params` takes.
 
     0 where that is not known: on a GPU, with a sliding window, with a recurrent state.
+    `_core.measure_memory` knows it for these, too, but reads the file's metadata again, which takes
+    0.1 to 0.9 s for each context.
     """
     if model.is_recurrent or model.is_hybrid or (model.n_swa > 0 and params.swa_full is False):
         return 0
@@ -308,7 +312,10 @@ def kv_bytes(model: _core.Model, params: LlamaParams) -> int:
     arch = metadata.get("general.architecture", "")
     head = model.n_embd // max(1, model.n_head)
     bits = 0.0
-    for name, kind in (("key_length", params.type_k), ("value_length", params.type_v)):
+    parts = [("key_length", params.type_k), ("value_length", params.type_v)]
+    if f"{arch}.attention.key_length_mla" in metadata:
+        parts.pop()  # values are a part of the keys
+    for name, kind in parts:
         width = int(metadata.get(f"{arch}.attention.{name}", head))
         bits += width * _CACHE_BITS[kind or "f16"]
     n_ctx = params.n_ctx or model.n_ctx_train

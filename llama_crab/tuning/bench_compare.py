@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .bench_report import BenchReport, BenchRow
+from .bench_report import BenchReport, BenchRow, missing
 from .samples import Comparison, compare
 
 TYPE_CHECKING = False
@@ -113,4 +113,4 @@ def difference_table(difference: BenchDifference) -> tuple[list[str], list[list[
 
 def _median(row: BenchRow) -> str:
     samples = row.samples
-    return "failed" if samples is None else f"{samples.median:.2f} {row.unit}"
+    return missing(row) if samples is None else f"{samples.median:.2f} {row.unit}"

@@ -128,21 +128,33 @@ class BenchRow:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BenchRow:
-        """Build a row from what `to_dict` returned. Raises KeyError, TypeError, ValueError."""
+        """Build a row from what `to_dict` returned.
+
+        Raises KeyError, TypeError, ValueError, OverflowError.
+        """
         counts = {name: values.get(name) for name in _COUNTS}
         counts["depth"] = values.get("n_depth")
         seconds = tuple(float(nanoseconds) / 1e9 for nanoseconds in values["samples_ns"])
+        rounds = tuple(map(int, values.get("rounds") or range(len(seconds))))
+        if len(rounds) != len(seconds):
+            raise ValueError(f"{len(seconds)} samples of {len(rounds)} rounds")
+        n_tokens = int(values["n_tokens"])
+        if n_tokens < 1:
+            raise ValueError(f"n_tokens is {n_tokens}")
+        if seconds:
+            Samples(seconds, "seconds")  # refuses what is no time
+        error = values.get("error")
         return cls(
             model=str(values["model_filename"]),
             test=str(values["test"]),
             unit=str(values["unit"]),
-            n_tokens=int(values["n_tokens"]),
+            n_tokens=n_tokens,
             config={name: values[name] for name in _CONFIG if values.get(name) is not None},
             counts={name: count for name, count in counts.items() if count is not None},
             seconds=seconds,
-            rounds=tuple(values.get("rounds") or range(len(seconds))),
-            parts=dict(values.get("parts") or {}),
-            error=values.get("error"),
+            rounds=rounds,
+            parts={str(name): float(sec) for name, sec in dict(values.get("parts") or {}).items()},
+            error=None if error is None else str(error),
             facts={k: v for k, v in values.items() if k.startswith("model_") and k != _FILE_NAME},
         )
 
@@ -205,8 +217,9 @@ class BenchReport:
             raise BenchFileError(f"version {values.get('version')!r} of the format is not known")
         try:
             rows = tuple(BenchRow.from_dict(row) for row in values["rows"])
-            return cls(rows, int(values["n_rounds"]), values["machine"], values["interrupted"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            machine = dict(values["machine"])
+            return cls(rows, int(values["n_rounds"]), machine, bool(values["interrupted"]))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BenchFileError(f"damaged: {type(error).__name__}: {error}") from error
 
     @classmethod
@@ -324,10 +337,15 @@ def _rates(row: BenchRow, rounds: Iterable[int]) -> Samples:
     return Samples(tuple(row.n_tokens / by_round[number] for number in rounds))
 
 
+def missing(row: BenchRow) -> str:
+    """Return what to say in place of the rate of a row without one."""
+    return "failed" if row.error else "not measured"
+
+
 def _rate(row: BenchRow) -> str:
     samples = row.samples
     if samples is None:
-        return "failed" if row.error else "not measured"
+        return missing(row)
     digits = 0 if samples.median >= 10_000 else 2
     return f"{samples.median:.{digits}f} ± {samples.spread:.{digits}f} {row.unit}"
 

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 
 from .. import _core
 from ..errors import ContextCreateError, DecodeAborted, LlamaCrabError, ModelLoadError
-from ..hub import resolve_model
+from ..hub import resolve_model, split_names
 from ..params import INT32_MAX, LlamaParams, ParameterError, require_integer
 from .bed import Bed, kv_bytes
 from .bench_report import BenchReport, BenchRow
@@ -193,11 +194,14 @@ class _BenchRun:
         for run in self._runs:
             key = repr((run.params.model, run.params.model_params()))
             by_weights.setdefault(key, []).append(run)
-            sizes[key] = os.path.getsize(str(run.params.model))
+            path = Path(str(run.params.model))
+            parts = [path.with_name(name) for name in split_names(path.name)] or [path]
+            sizes[key] = sum(part.stat().st_size for part in parts)
         room = available_memory()
         gpus = [device for device in _core.devices() if device.type in ("gpu", "igpu")]
         if gpus:
-            room = min(room or INT32_MAX, sum(device.memory_free for device in gpus))
+            free = sum(device.memory_free for device in gpus)
+            room = min(room or free, free)
         if len(by_weights) > 1 and sum(sizes.values()) > _WEIGHTS_SHARE * room:
             return list(by_weights.values())
         return [self._runs]
@@ -218,8 +222,9 @@ class _BenchRun:
             run.error = error.with_traceback(None)
             gc.collect()
         else:
-            run.last_sec = time.perf_counter() - began
             if number >= 0:
+                # Not a warm-up's time: it loads, and generates a single token.
+                run.last_sec = time.perf_counter() - began
                 run.measured.append((number, measured))
         self._done += 1
 

@@ -118,7 +118,7 @@ def fit(
 
     Where no device can take a layer, ``n_gpu_layers`` is 0 and ``rows`` is empty. Loads metadata
     several times, and no tensors. Raises `ParameterError`, `ModelNotFoundError`, `ModelLoadError`,
-    `ContextCreateError`. Thread-safety: any thread.
+    `ContextCreateError`, `OutOfMemoryError`. Thread-safety: any thread.
     """
     from ..hub import resolve_model  # its imports cost more than ours
 
@@ -126,6 +126,10 @@ def fit(
         params = model.replace(**fields)
     else:
         params = LlamaParams.from_dict({**fields, "model": model})
+    if params.profile is not None:
+        from .profile import apply_profile
+
+        params = apply_profile(params)
     rooms = None if devices is None else check_rooms(devices)
     return _Fitter(str(resolve_model(params.model)), params, rooms).run()
 

@@ -13,7 +13,7 @@ from .. import _core
 from ..llama import offloads
 from ..params import LlamaParams, ParameterError
 from .search import Lever
-from .surface import KV_TYPE, Part
+from .surface import KV_TYPE, Part, Rates
 from .workloads import Generate, Parallel, Prefill
 
 TYPE_CHECKING = False
@@ -35,14 +35,6 @@ _PROMPT, _ANSWER = 128, 64
 
 
 @dataclass(frozen=True)
-class Rates:
-    """What a first look at the model showed: tokens/s of a prefill and of generating."""
-
-    prefill: float
-    generate: float
-
-
-@dataclass(frozen=True)
 class Plan:
     """A goal for one model and machine: what to set, what to measure, in what unit to report."""
 
@@ -51,7 +43,7 @@ class Plan:
     parts: tuple[Part, ...]
     unit: str
     n_per_unit: float
-    """divided by the seconds of a measurement it gives the rate; 0 where seconds are reported"""
+    """divided by the seconds of a measurement it gives the rate"""
     note: str = ""
 
 

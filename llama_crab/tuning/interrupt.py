@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+from ..errors import DecodeAborted
 
 
 @contextmanager
@@ -31,6 +35,15 @@ def abort_on_interrupt(abort: Callable[[], object]) -> Iterator[None]:
         os.close(writer)
         watcher.join()
         os.close(reader)
+
+
+def raise_interrupt(error: DecodeAborted) -> NoReturn:
+    """Raise KeyboardInterrupt for a decode that the watcher has aborted, and only once.
+
+    Python's handler has not run yet: it would raise its own one later, anywhere.
+    """
+    time.sleep(0)
+    raise KeyboardInterrupt from error
 
 
 def _watch(reader: int, abort: Callable[[], object]) -> None:

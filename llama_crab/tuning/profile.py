@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,11 +26,15 @@ if TYPE_CHECKING:
     from typing import Any
 
 GOALS = ("latency", "throughput", "ttft")
-# What a profile may set: the levers of `tune` and the fields that go with them.
-PROFILE_FIELDS = (
-    *("n_threads", "n_threads_batch", "n_batch", "n_ubatch", "n_seq_max", "n_gpu_layers"),
-    *("flash_attn_type", "type_k", "type_v"),
+# What a profile may set: the levers of `tune` and the fields that go with them, each kind together.
+_KINDS = (
+    ("n_threads", "n_threads_batch"),
+    ("n_batch", "n_ubatch"),
+    ("n_seq_max",),
+    ("n_gpu_layers",),
+    ("flash_attn_type", "type_k", "type_v"),
 )
+PROFILE_FIELDS = tuple(name for kind in _KINDS for name in kind)
 _FORMAT = 1
 
 
@@ -86,13 +91,20 @@ class Profile:
         return _fitting(params, changes)
 
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
-        """Write it as JSON, to the user's cache folder by default; return where it is."""
+        """Write it as JSON, to the user's cache folder by default; return where it is.
+
+        Raises OSError where that cannot be written.
+        """
         target = self.default_path() if path is None else Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and moved, so that a reader never sees half of it.
-        whole = target.with_name(f".{target.name}.{os.getpid()}")
-        whole.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
-        os.replace(whole, target)
+        # Written aside and moved, so that a reader never sees half of it; by each thread elsewhere.
+        whole = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            whole.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
+            os.replace(whole, target)
+        except OSError:
+            whole.unlink(missing_ok=True)
+            raise
         return target
 
     def default_path(self) -> Path:
@@ -110,7 +122,7 @@ class Profile:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ProfileError(f"profile: cannot read {path} ({error.strerror})") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProfileError(f"profile: {path} is damaged ({error})") from error
         if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
             raise ProfileError(f"profile: {path} is no profile of format {_FORMAT}")
@@ -118,8 +130,11 @@ class Profile:
             found = cls(**values)
             unknown = set(found.params) - set(PROFILE_FIELDS)
             facts = (found.machine, found.build, found.measured)
+            texts = (found.model, found.model_name, found.created)
             if unknown or not all(isinstance(item, dict) for item in facts):
                 raise ParameterError(", ".join(sorted(unknown)) or "machine, build, measured")
+            if not all(isinstance(item, str) for item in texts):
+                raise ParameterError("model, model_name, created")
             if found.goal not in GOALS:
                 raise ParameterError(f"goal {found.goal!r}")
             LlamaParams(**found.params)
@@ -149,6 +164,9 @@ def apply_profile(params: LlamaParams) -> LlamaParams:
             return params
         logger.debug("profile for %s of %s: %s", found.goal, found.created, dict(found.params))
         return found.apply(params)
+    if not os.path.exists(wanted):
+        names = ", ".join(("auto", *GOALS))
+        raise ProfileError(f"profile: {wanted!r} is neither a file nor one of {names}")
     found = Profile.load(wanted)
     why = found.mismatch(identity)
     if why is None:
@@ -180,7 +198,7 @@ def find_profile(identity: str, goal: str | None = None) -> Profile | None:
             "the saved profile is of %s: the defaults are used, `llama-crab tune` makes a new one",
             reasons[-1],
         )
-    return max(fitting, key=lambda profile: profile.created, default=None)
+    return max(fitting, key=_when, default=None)
 
 
 def _saved(identity: str, goal: str | None) -> Iterator[Profile]:
@@ -234,13 +252,22 @@ def _set(params: LlamaParams, name: str) -> bool:
 
 def _fitting(params: LlamaParams, changes: dict[str, Any]) -> LlamaParams:
     """Return `params` with `changes`; without those of a kind that what the user set excludes."""
-    for drop in ((), ("n_batch", "n_ubatch"), ("type_k", "type_v"), ("n_seq_max",), tuple(changes)):
-        changes = {name: value for name, value in changes.items() if name not in drop}
+    for kind in _KINDS:
         try:
-            return params.replace(**changes)
+            params = params.replace(**{name: changes[name] for name in kind if name in changes})
         except ParameterError:
             continue
     return params
+
+
+def _when(profile: Profile) -> float:
+    """Return the time of its making, 0 where it does not say; zones may differ."""
+    from datetime import datetime
+
+    try:
+        return datetime.fromisoformat(profile.created).timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 def _brief(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..params import ParameterError, require_integer
@@ -29,7 +29,8 @@ class DeviceRoom:
     free: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
+        # A name is a C string in llama.cpp.
+        if not isinstance(self.name, str) or not self.name.isprintable() or not self.name:
             raise ParameterError(f"devices: expected a device's name, not {self.name!r}")
         label = f"devices[{self.name!r}]"
         total = require_integer(f"{label}.total", self.total, (0, _MAX_BYTES))
@@ -74,6 +75,8 @@ def parse_rooms(text: str) -> tuple[DeviceRoom, ...]:
 
 def check_rooms(rooms: Sequence[DeviceRoom]) -> tuple[DeviceRoom, ...]:
     """Return `rooms` as a tuple; ParameterError where one is none, or a name is there twice."""
+    if isinstance(rooms, (str, DeviceRoom)) or not isinstance(rooms, Iterable):
+        raise ParameterError(f"devices: expected a sequence of DeviceRoom, not {rooms!r}")
     rooms = tuple(rooms)
     for room in rooms:
         if not isinstance(room, DeviceRoom):

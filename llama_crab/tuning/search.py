@@ -120,7 +120,8 @@ def search(
     """Return the fastest settings that races from `start` find before `deadline`.
 
     `deadline` is a time of `clock`, in seconds. It is passed by one measurement at most: each is
-    planned by what those before it took. Ctrl-C ends the search with what is best so far.
+    planned by what those before it took, the first one by the surface's `setup_sec`. Ctrl-C ends
+    the search with what is best so far.
     Raises InfeasibleError where `start` cannot be measured.
     """
     return _Search(levers, start, surface, clock, deadline, listener).run()
@@ -287,16 +288,13 @@ class _Search:
             result.best = result.start
 
     def _measure(self, point: Point, *, reserve: bool = True) -> float:
-        """Measure `point` once if that still fits, with the final check where it is to `reserve`.
-
-        The very first measurement is always made: nothing is known before it.
-        """
+        """Measure `point` once if that still fits; to `reserve`, with the final check behind it."""
         planned = self._surface.setup_sec(point) + self._cost(point)
         if reserve:
             start = self._result.start
             planned += self._surface.setup_sec(start)
             planned += _FINAL_ROUNDS[0] * (self._cost(start) + self._cost(point))
-        if self._costs and self._clock() + planned > self._deadline:
+        if self._clock() + planned > self._deadline:
             raise _OutOfTime
         self._surface.prepare(point)
         started = self._clock()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import ContextCreateError, DecodeError, ModelLoadError
+from ..errors import ContextCreateError, DecodeAborted, DecodeError, ModelLoadError
 from ..params import LlamaParams, ParameterError
 from .bed import Bed
+from .interrupt import raise_interrupt
 from .search import InfeasibleError
-from .workloads import Workload
+from .workloads import Prefill, Workload
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +23,14 @@ _THREADS = ("n_threads", "n_threads_batch")
 # The cache's types go together: one lever for both.
 KV_TYPE = "type_k, type_v"
 _NATIVE = {"flash_attn_type": "auto", KV_TYPE: "f16"}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a first look at the model showed: tokens/s of a prefill and of generating."""
+
+    prefill: float
+    generate: float
 
 
 @dataclass(frozen=True)
@@ -50,15 +59,22 @@ class BedSurface:
         self._beds: dict[Any, Bed] = {}
         self._threads: dict[Any, tuple[int, int]] = {}
         self._load_sec = 0.0
-        self._fill_rate = 0.0
-        self.seconds: dict[str, dict[str, list[float]]] = {}
-        """what each part took, by part and by settings, for the report"""
+        self._look = Rates(0.0, 0.0)
+        self._running: Bed | None = None
+        self.rates: dict[str, dict[str, list[float]]] = {}
+        """tokens/s of each part, by part and by settings, for the report"""
 
-    def adopt(self, bed: Bed, load_sec: float, fill_rate: float) -> None:
-        """Take the weights of `bed`; what loading took, and tokens/s of a prefill."""
+    def adopt(self, bed: Bed, load_sec: float, rates: Rates) -> None:
+        """Take the weights of `bed`; what loading took, and how fast it looked."""
         self._beds[None] = bed
         self._load_sec = load_sec
-        self._fill_rate = fill_rate
+        self._look = rates
+
+    def abort(self) -> None:
+        """End the decode that is running by a KeyboardInterrupt. From any thread."""
+        bed = self._running
+        if bed is not None:
+            bed.abort()
 
     def params_of(self, point: Point, ignores: Sequence[str] = ()) -> LlamaParams:
         """Return the parameters of some settings."""
@@ -71,7 +87,7 @@ class BedSurface:
         return self._base.replace(**changes)
 
     def setup_sec(self, point: Point) -> float:
-        """Return what filling contexts and loading will take."""
+        """Return what loading, filling contexts and a first run, unmeasured, will take."""
         total = 0.0
         for part in self.parts:
             key, params, workload = self._bed_of(part, point)
@@ -81,8 +97,20 @@ class BedSurface:
                 total += self._load_sec
             n_seq, depth = getattr(workload, "n_seq", 1), getattr(workload, "depth", 0)
             # Deeper tokens cost more: a fill is slower than the prefill that was timed.
-            total += 1.3 * n_seq * depth / self._fill_rate if self._fill_rate else 0.0
+            if depth:
+                total += 1.3 * n_seq * depth / self._look.prefill
+            total += self._run_sec(part, workload)
         return total
+
+    def _run_sec(self, part: Part, workload: Workload) -> float:
+        known = self.rates.get(part.name)
+        if known:
+            rate = min(values[-1] for values in known.values())
+        elif isinstance(workload, Prefill):
+            rate = self._look.prefill
+        else:
+            rate = self._look.generate
+        return workload.n_tokens / rate
 
     def prepare(self, point: Point) -> None:
         """Make and fill the contexts."""
@@ -95,7 +123,7 @@ class BedSurface:
                 bed = Bed(params, weights_of=self._sharing(params))
                 self._beds[key] = bed
                 self._set_threads(key, bed, point)
-                workload.run(bed)
+                self._run(workload, bed)
             except (ContextCreateError, ModelLoadError, DecodeError, ParameterError) as error:
                 broken = self._beds.pop(key, None)
                 if broken is not None:
@@ -110,8 +138,8 @@ class BedSurface:
             bed = self._beds.pop(key)
             self._beds[key] = bed
             self._set_threads(key, bed, point)
-            seconds = workload.run(bed)
-            self.seconds.setdefault(part.name, {}).setdefault(label(point), []).append(
+            seconds = self._run(workload, bed)
+            self.rates.setdefault(part.name, {}).setdefault(label(point), []).append(
                 workload.n_tokens / seconds
             )
             total += part.scale(point) * seconds
@@ -134,6 +162,13 @@ class BedSurface:
         for bed in self._beds.values():
             bed.close()
         self._beds.clear()
+
+    def _run(self, workload: Workload, bed: Bed) -> float:
+        self._running = bed
+        try:
+            return workload.run(bed)
+        except DecodeAborted as error:
+            raise_interrupt(error)
 
     def _bed_of(self, part: Part, point: Point) -> tuple[Any, LlamaParams, Workload]:
         workload = part.workload(point)

@@ -10,14 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import DecodeAborted
 from ..hub import resolve_model
 from ..params import LlamaParams, ParameterError
 from .bed import Bed
-from .goals import Plan, Rates, plan
+from .goals import Plan, plan
+from .interrupt import abort_on_interrupt, raise_interrupt
 from .probe import thread_choice
 from .profile import GOALS, Profile, build_facts, identity_of, machine_facts
+from .race import MIN_GAIN
 from .search import InfeasibleError, SearchResult, Step, search
-from .surface import KV_TYPE, BedSurface, label
+from .surface import KV_TYPE, BedSurface, Rates, label
 from .workloads import fit_context
 
 TYPE_CHECKING = False
@@ -25,8 +28,8 @@ if TYPE_CHECKING:
     from .surface import Point
 
 MAX_BUDGET_SEC = 86400.0
-# A first look at the model: enough to plan with.
-_LOOK_PROMPT, _LOOK_GEN = 64, 4
+# A first look at the model: enough to plan with, and at most this share of the budget per rate.
+_LOOK_PROMPT, _LOOK_GEN, _LOOK_SHARE = 64, 4, 0.05
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def tune(
     base = base.replace(model=path)
     tell = progress or (lambda _: None)
     tell(f"{path.name}: {goal}, at most {budget_sec:g} s; {thread_choice().why}")
-    first, load_sec, rates = _look(base)
+    first, load_sec, rates = _look(base, budget_sec)
     surface: BedSurface | None = None
     try:
         wanted = plan(
@@ -123,19 +126,20 @@ def tune(
             allow_quantised_kv=allow_quantised_kv,
         )
         surface = BedSurface(base, wanted.parts, wanted.start)
-        surface.adopt(first, load_sec, rates.prefill)
+        surface.adopt(first, load_sec, rates)
         tell(
             f"loaded in {load_sec:.1f} s; measured: {', '.join(p.name for p in wanted.parts)}; "
             f"levers: {', '.join(lever.name for lever in wanted.levers)}"
         )
-        result = search(
-            wanted.levers,
-            wanted.start,
-            surface,
-            clock=time.monotonic,
-            deadline=began + budget_sec,
-            listener=lambda step: tell(explain(step)),
-        )
+        with abort_on_interrupt(surface.abort):
+            result = search(
+                wanted.levers,
+                wanted.start,
+                surface,
+                clock=time.monotonic,
+                deadline=began + budget_sec,
+                listener=lambda step: tell(explain(step)),
+            )
     except InfeasibleError as error:
         if error.__cause__ is not None:
             raise error.__cause__ from None
@@ -157,7 +161,9 @@ def explain(step: Step) -> str:
         return f"{head}: not possible{note}"
     change = f"{100 * step.gain:+.1f} %"
     if step.verdict == "same":
-        return f"{head}{note}: {change}, within the spread, left as it was"
+        small = abs(step.gain) > step.uncertainty
+        why = f"less than {100 * MIN_GAIN:g} %" if small else "within the spread"
+        return f"{head}{note}: {change}, {why}, left as it was"
     return f"{head}{note}: {change}, {'kept' if step.kept else 'slower'}"
 
 
@@ -175,20 +181,36 @@ def _checked(goal: str, budget_sec: float, depth: int | None) -> float:
     return float(budget_sec)
 
 
-def _look(base: LlamaParams) -> tuple[Bed, float, Rates]:
+def _look(base: LlamaParams, budget_sec: float) -> tuple[Bed, float, Rates]:
     """Load the model, and measure roughly how fast it is."""
     began = time.monotonic()
     bed = Bed(fit_context(base, _LOOK_PROMPT + _LOOK_GEN))
     try:
         load_sec = time.monotonic() - began
-        bed.prefill(2)  # the first decode pages the weights in
-        # The better of two: a burst of other work would leave no room for a long context.
-        prefill = _LOOK_PROMPT / min(bed.prefill(_LOOK_PROMPT) for _ in range(2))
-        generate = _LOOK_GEN / min(bed.generate(_LOOK_GEN) for _ in range(2))
+        limit_sec = _LOOK_SHARE * budget_sec
+        with abort_on_interrupt(bed.abort):
+            bed.prefill(2)  # the first decode pages the weights in
+            prefill = _rate(bed.prefill, 2, _LOOK_PROMPT, limit_sec)
+            generate = _rate(bed.generate, 1, _LOOK_GEN, limit_sec)
+    except DecodeAborted as error:
+        bed.close()
+        raise_interrupt(error)
     except BaseException:
         bed.close()
         raise
     return bed, load_sec, Rates(prefill, generate)
+
+
+def _rate(run: Callable[[int], float], least: int, most: int, limit_sec: float) -> float:
+    """Return tokens/s of the longest run up to `most` tokens for which there is time."""
+    n, seconds = least, run(least)
+    while n < most and 4 * seconds < limit_sec:
+        n *= 2
+        seconds = run(n)
+    if seconds < limit_sec:
+        # The better of two: a burst of other work would leave no room for a long context.
+        seconds = min(seconds, run(n))
+    return n / seconds
 
 
 def _report(
@@ -236,10 +258,13 @@ def _report(
     )
     saved = None
     if save and (profile.params or not interrupted):
-        saved = str(profile.save())
+        try:
+            saved = str(profile.save())
+        except OSError as error:  # what minutes have found is not thrown away for that
+            notes.append(f"the profile could not be saved: {error}")
     rates = {
         part: {where: statistics.median(values) for where, values in by_point.items()}
-        for part, by_point in surface.seconds.items()
+        for part, by_point in surface.rates.items()
     }
     used = {label(result.start), label(found)}
     return TuneReport(

@@ -14,6 +14,7 @@ import pytest
 
 from llama_crab import AsyncLlama, Completion, Llama, LlamaParams, ParameterError, Perf
 from llama_crab.errors import RequestTimeoutError
+from llama_crab.perf import PerfMeter, Reading
 
 FIELDS: dict[str, Any] = {
     "n_ctx": 2048, "n_seq_max": 4, "n_ubatch": 32, "n_batch": 64, "n_threads": 1,
@@ -202,3 +203,23 @@ def test_the_page_runs(run_page: Callable[..., list[str]], tiny_path: Path) -> N
     lines = run_page("measuring-requests.md", 3, '"model.gguf"', repr(str(tiny_path)))
     assert lines[2].startswith("requests       1 (")
     assert " tokens/s, p99 " in lines[-1]
+
+
+def test_a_reset_while_perf_is_read_gives_no_negative_counts(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another thread does it between the reading and the subtraction."""
+    llama.create_completion(PROMPTS[0], 5, ignore_eos=True)
+    read = PerfMeter.read
+
+    def read_then_reset(meter: PerfMeter) -> Reading:
+        found = read(meter)
+        monkeypatch.setattr(PerfMeter, "read", read)
+        llama.create_completion(PROMPTS[1], 5, ignore_eos=True)
+        meter.reset()
+        return found
+
+    monkeypatch.setattr(PerfMeter, "read", read_then_reset)
+    perf = llama.perf
+    assert (perf.predicted_n, perf.n_requests, perf.first_token.n) == (5, 1, 1)
+    assert perf.wall_sec > 0.0

@@ -258,3 +258,18 @@ def test_a_context_of_the_caller_stays_as_it_was(llama: Llama, provider: TracerP
     with contextlib.suppress(RequestTimeoutError):
         llama.create_completion("a", 3, timeout=1e-5)
     assert otel_context.get_current() is before
+
+
+def test_a_processor_that_fails_at_the_beginning_refuses_no_request(
+    tiny_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(SpanProcessor):
+        def on_start(self, span: Any, parent_context: Any = None) -> None:
+            raise RuntimeError("no more")
+
+    provider = TracerProvider()
+    provider.add_span_processor(Broken())
+    with Llama(tiny_path, **FIELDS) as llama:
+        instrument(llama, tracer_provider=provider)
+        assert llama.create_completion("a", 3, ignore_eos=True).usage.completion_tokens == 3
+    assert "a span was lost" in caplog.text

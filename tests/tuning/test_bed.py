@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from llama_crab.errors import (
     ModelNotFoundError,
     OutOfMemoryError,
 )
+from llama_crab.param_rules import CHOICES
 from llama_crab.tuning import bed as bed_module
 from llama_crab.tuning.bed import Bed, kv_bytes
 from llama_crab.tuning.workloads import Generate, Parallel, Prefill, PrefillGenerate
@@ -162,6 +164,8 @@ def test_a_model_that_cannot_be_measured(
         Bed(LlamaParams(tmp_path / "none.gguf"))
     with pytest.raises(ParameterError, match="embeds"):
         Bed(LlamaParams(tiny_embedder_path))
+    with pytest.raises(ParameterError, match="embeds"):
+        Bed(Prefill(8).fit(LlamaParams(tiny_embedder_path)))
     with pytest.raises(ContextCreateError):
         Bed(LlamaParams(tiny_path, n_ctx=2_000_000_000))
     assert _core.live_handles()["models"] == live
@@ -182,6 +186,26 @@ def test_the_size_of_a_cache_is_known(smol: _core.Model) -> None:
     assert (
         kv_bytes(smol, f16.replace(type_k="q8_0", type_v="q8_0")) == kv_bytes(smol, f16) * 8.5 / 16
     )
+
+
+@pytest.mark.parametrize("kind", [*CHOICES["type_k"]])
+def test_the_size_of_a_cache_is_what_llama_cpp_would_allocate(
+    smol: _core.Model, smol_path: Path, kind: str
+) -> None:
+    params = LlamaParams(n_ctx=1024, type_k=kind, type_v=kind)
+    rows = _core.measure_memory(smol_path, {}, params.context_params())["rows"]
+    assert kv_bytes(smol, params) == sum(row["context"] for row in rows)
+
+
+def test_latent_attention_keeps_no_values() -> None:
+    """The shape of DeepSeek-V2-Lite; llama.cpp allocates no V where `key_length_mla` is given."""
+    lengths = {"key_length": 576, "value_length": 512, "key_length_mla": 192}
+    metadata = {f"deepseek2.attention.{name}": str(n) for name, n in lengths.items()}
+    shape = {"n_embd": 2048, "n_head": 16, "n_head_kv": 1, "n_layer": 27, "n_swa": 0}
+    kinds = {"is_recurrent": False, "is_hybrid": False}
+    metadata["general.architecture"] = "deepseek2"
+    model: Any = SimpleNamespace(metadata=metadata, **shape, **kinds)
+    assert kv_bytes(model, LlamaParams(n_ctx=1024)) == 1024 * 27 * 576 * 2
 
 
 def test_a_closed_bed_says_so(tiny_path: Path) -> None:

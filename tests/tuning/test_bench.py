@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import signal
 import sys
 import threading
@@ -74,8 +75,9 @@ def test_rounds_take_turns_forwards_and_backwards(tiny_path: Path) -> None:
     assert [step.name for step in seen] == names[::-1] + names + names[::-1]
     assert [step.done for step in seen] == list(range(9))
     assert {step.total for step in seen} == {9}
-    assert seen[0].seconds_left is None
-    assert all(step.seconds_left is not None for step in seen[3:])
+    # A warm-up says nothing: it loads, and generates one token only.
+    assert all(step.seconds_left is None for step in seen[:6])
+    assert all(step.seconds_left is not None for step in seen[6:])
 
 
 def test_without_a_warm_up_the_first_run_counts(tiny_path: Path) -> None:
@@ -118,6 +120,26 @@ def test_contexts_give_way_where_memory_is_short(
     )
     assert max(live) == before + 1
     assert all(len(row.seconds) == 2 for row in report.rows)
+
+
+def test_all_parts_of_a_split_model_count(
+    tiny_path: Path, tiny_splits: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models that do not fit together are not loaded together."""
+    both = tiny_path.stat().st_size + sum(part.stat().st_size for part in tiny_splits)
+    models = []
+    # Between what the first part would leave and what all of them take.
+    for room in (both * 7 // 5, 2 * both):
+        monkeypatch.setattr(bench_run, "available_memory", lambda room=room: room)
+        live: list[int] = []
+        bench(
+            *([tiny_path, tiny_splits[0]], [Prefill(2)]),
+            params=ONE_THREAD,
+            rounds=1,
+            progress=lambda step, live=live: live.append(_core.live_handles()["models"]),
+        )
+        models.append(max(live) - live[0])
+    assert models == [1, 2]
 
 
 def test_two_models_are_compared_in_one_run(tiny_path: Path, tiny_fim_path: Path) -> None:
@@ -322,7 +344,11 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
 
 def test_damaged_rows_are_refused() -> None:
     values = report_of(row_of()).to_dict()
-    for wrong in ({"samples_ns": 3}, {"n_tokens": None}, {"parts": 5}):
+    for wrong in (
+        *({"samples_ns": samples} for samples in (3, [0, 1], [-1], [math.nan], [10**400])),
+        *({"n_tokens": n} for n in (None, 0)),
+        *({"parts": 5}, {"parts": {"prefill": "x"}}, {"rounds": [0]}, {"rounds": "abc"}),
+    ):
         damaged = {**values, "rows": [{**values["rows"][0], **wrong}]}
         with pytest.raises(BenchFileError):
             BenchReport.from_dict(damaged)
@@ -381,7 +407,8 @@ def test_files_are_compared_by_test_and_settings() -> None:
     header, rows = difference_table(found)
     assert header[-1] == "changed"
     assert rows[2][-1] == "n_threads 1 to 4"
-    assert rows[3][-2] == "not measured"
+    # Neither failed: Ctrl-C came first.
+    assert rows[3][1] == rows[3][-2] == "not measured"
 
 
 def test_a_plot_is_an_image(tmp_path: Path) -> None:

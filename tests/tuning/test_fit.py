@@ -25,8 +25,10 @@ from llama_crab.errors import (
     ContextCreateError,
     ModelLoadError,
     ModelNotFoundError,
+    OutOfMemoryError,
 )
 from llama_crab.tuning.fit import MIN_N_CTX, Fit, fit
+from llama_crab.tuning.profile import Profile, build_facts, identity_of, machine_facts
 from llama_crab.tuning.rooms import DeviceRoom
 
 GIB, MIB = 2**30, 2**20
@@ -412,6 +414,39 @@ def test_wrong_input_is_named(tiny_path: Path, tmp_path: Path) -> None:
         _core.common_fit(tiny_path, {}, {"n_ctx": 0}, [("a", 1, 1)], 0)
     with pytest.raises(ValueError, match=r"no device"):
         _core.common_fit(tiny_path, {}, {"n_ctx": 256}, [], 0)
+
+
+def test_a_context_beyond_all_memory_is_refused_and_does_not_end_the_process(
+    tiny_path: Path,
+) -> None:
+    """A cell takes 48 bytes of main memory even where no tensor is allocated."""
+    for measured in (
+        lambda: fit(tiny_path, devices=rooms(8), n_ctx=2**31 - 1),
+        lambda: _core.measure_memory(tiny_path, {}, {"n_ctx": 2**31 - 1}),
+    ):
+        with pytest.raises(OutOfMemoryError, match=r"n_ctx=2147483647 needs 95 GiB of main memory"):
+            measured()
+
+
+def test_a_name_of_a_host_buffer_moves_no_bytes(smol_path: Path) -> None:
+    """llama.cpp takes buffer types of one name for one."""
+    expected = fit(smol_path, devices=[DeviceRoom("card", 8 * GIB)]).rows[0].model
+    for name in ("CPU", "CPU_Mapped", "CPU_REPACK"):
+        found = fit(smol_path, devices=[DeviceRoom(name, 8 * GIB)])
+        assert found.rows[0].model == expected, name
+    with pytest.raises(ValueError, match="different names"):
+        _core.measure_memory(smol_path, {}, {}, [("a", GIB, GIB), ("a", GIB, GIB)])
+
+
+def test_a_profile_counts_as_in_a_load(tiny_path: Path, tmp_path: Path) -> None:
+    facts = {"model": identity_of(tiny_path), "machine": machine_facts(), "build": build_facts()}
+    path = Profile(goal="latency", params={"n_gpu_layers": 1, "n_seq_max": 2}, **facts).save(
+        tmp_path / "p.json"
+    )
+    found = fit(tiny_path, devices=rooms(8), profile=path)
+    assert (found.n_gpu_layers, found.n_seq_max) == (1, 2)
+    with pytest.raises(ParameterError, match="profile: 'fastest' is neither a file nor one of"):
+        fit(tiny_path, devices=rooms(8), profile="fastest")
 
 
 def test_measuring_is_quiet_frees_everything_and_runs_in_any_thread(

@@ -6,11 +6,12 @@ import dataclasses
 import json
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from llama_crab import AsyncLlama, Llama, LlamaParams, ParameterError
-from llama_crab.tuning import Bed, Profile
+from llama_crab.tuning import Bed, Profile, tune
 from llama_crab.tuning.profile import ProfileError, build_facts, identity_of, machine_facts
 
 SMALL = {"n_ctx": 256, "n_threads": 1}
@@ -109,6 +110,66 @@ def test_a_damaged_file_is_ignored_with_a_warning(tiny_path, profile, caplog):
             Llama(tiny_path, profile=path)
 
 
+def test_files_that_are_odd_json_are_damaged_too(tiny_path, profile, caplog):
+    """Deeper than Python reads, or with a value of another type where profiles are compared."""
+    path = profile.save()
+    dataclasses.replace(profile, goal="ttft", params={"n_ubatch": 128}).save()
+    whole = path.read_text()
+    for broken in ("[" * 200_000, whole.replace('"2026-01-01T00:00:00+0000"', "5")):
+        caplog.clear()
+        path.write_text(broken)
+        assert loaded(tiny_path, profile="auto", **SMALL).n_ubatch == 128
+        assert "is damaged" in caplog.text
+        with pytest.raises(ProfileError, match="is damaged"):
+            Llama(tiny_path, profile=path)
+
+
+def test_threads_that_save_at_once_do_not_trip_over_each_other(profile, own_cache):
+    with ThreadPoolExecutor(4) as pool:
+        paths = [done.result() for done in [pool.submit(profile.save) for _ in range(200)]]
+    assert list(own_cache.iterdir()) == [paths[0]]
+    assert Profile.load(paths[0]) == profile
+
+
+def test_a_save_that_fails_leaves_nothing_behind(profile, tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        profile.save(tmp_path / "taken")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_what_was_found_is_not_lost_where_it_cannot_be_saved(tiny_path, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLAMA_CRAB_CACHE", str(tmp_path / "file"))
+    report = tune(tiny_path, budget_sec=0.5, params=LlamaParams(n_threads=1))
+    assert report.profile_path is None
+    assert any("could not be saved" in note for note in report.notes)
+
+
+def test_one_field_that_does_not_fit_takes_only_its_kind_along(profile):
+    tuned = dataclasses.replace(
+        profile, params={"n_ubatch": 64, "n_seq_max": 4, "flash_attn_type": "disabled"}
+    )
+    params = tuned.apply(LlamaParams(n_outputs_max=1))
+    assert (params.n_ubatch, params.n_seq_max, params.flash_attn_type) == (64, None, "disabled")
+    params = tuned.apply(LlamaParams(type_v="q8_0"))
+    assert (params.n_ubatch, params.n_seq_max, params.flash_attn_type) == (64, 4, None)
+
+
+def test_the_newest_is_the_newest_in_any_time_zone(tiny_path, profile):
+    dataclasses.replace(profile, created="2026-03-01T12:00:00+1000").save()
+    dataclasses.replace(
+        profile, goal="ttft", params={"n_ubatch": 128}, created="2026-03-01T10:00:00+0000"
+    ).save()
+    assert loaded(tiny_path, profile="auto", **SMALL).n_ubatch == 128
+
+
+def test_a_name_that_is_no_goal_says_which_there_are(tiny_path):
+    for name in ("fastest", ""):
+        with pytest.raises(ProfileError, match=f"'{name}' is neither a file nor one of auto, lat"):
+            Llama(tiny_path, profile=name)
+
+
 def test_a_field_that_is_no_lever_makes_a_file_damaged(profile, tmp_path):
     path = dataclasses.replace(profile, params={"rope_freq_base": 1.0}).save(tmp_path / "p.json")
     with pytest.raises(ProfileError, match="rope_freq_base"):
@@ -134,8 +195,10 @@ def test_a_named_file_is_used_and_that_of_another_model_refused(
     assert loaded(tiny_path, profile=path, **SMALL).n_ubatch == 64
     with pytest.raises(ParameterError, match=r"profile: .*mine\.json is of another model"):
         Llama(tiny_swa_path, profile=path)
-    with pytest.raises(ProfileError, match="cannot read"):
+    with pytest.raises(ProfileError, match="is neither a file"):
         Llama(tiny_path, profile=tmp_path / "no.json")
+    with pytest.raises(ProfileError, match="cannot read"):
+        Llama(tiny_path, profile=tmp_path)
 
 
 def test_params_from_a_profile_and_the_other_doors(tiny_path, profile, tmp_path):

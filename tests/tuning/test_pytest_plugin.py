@@ -135,14 +135,50 @@ def test_it(llama, llama_bench):
 
 def test_wrong_arguments_are_refused(run: Run) -> None:
     body = """
-@pytest.mark.parametrize("options", [{"rounds": 0}, {"rounds": 2.5}, {"stream": True},
-                                     {"callback": print}, {"temprature": 1}])
+@pytest.mark.parametrize("options", [{"rounds": 0}, {"rounds": 2.5}, {"rounds": True},
+                                     {"stream": True}, {"callback": print}, {"temprature": 1},
+                                     {"max_ttft_ms": float("nan")}, {"max_itl_p50_ms": "200"},
+                                     {"min_tokens_per_sec": -1}])
 def test_it(llama, llama_bench, options):
     with pytest.raises((ValueError, TypeError), match=next(iter(options))):
         llama_bench(llama, "a", 4, **options)
+
+def test_another_object(llama, llama_bench):
+    with pytest.raises(ValueError, match="llama: expected a Llama, not Model"):
+        llama_bench(llama.model, "a", 4)
 """
     done = run(body)
-    assert "5 passed" in done.stdout, done.stdout
+    assert "10 passed" in done.stdout, done.stdout
+
+
+def test_a_budget_of_what_was_not_measured_fails(run: Run) -> None:
+    """An answer of one token has no time between tokens, one of none no first token."""
+    body = """
+def test_one(llama, llama_bench):
+    llama_bench(llama, [300] * 20, 1, rounds=2, max_itl_p99_ms=1e9, min_tokens_per_sec=1e-9)
+
+def test_none(llama, llama_bench):
+    llama_bench(llama, [300] * 20, 0, rounds=2, max_ttft_ms=1e9)
+
+def test_ttft_of_one_token(llama, llama_bench):
+    llama_bench(llama, [300] * 20, 1, rounds=2, max_ttft_ms=1e9)
+"""
+    done = run(body)
+    assert "2 failed, 1 passed" in done.stdout, done.stdout
+    assert "99th percentile of the time between tokens: nothing to measure" in done.stdout
+    assert "generation: nothing to measure in an answer of 1 tokens" in done.stdout
+    assert "time to the first token: nothing to measure in an answer of 0 tokens" in done.stdout
+
+
+def test_ids_of_an_array_are_a_prompt(run: Run) -> None:
+    body = """
+import numpy
+
+def test_it(llama, llama_bench):
+    assert llama_bench(llama, numpy.full(20, 300), 4, rounds=2).prompt_n == 20
+"""
+    done = run(body)
+    assert done.returncode == 0, done.stdout
 
 
 def test_without_pytest_benchmark_only_its_users_fail(run: Run) -> None:

@@ -43,9 +43,11 @@ def test_a_room_is_checked() -> None:
         DeviceRoom("gpu", 1, 2)
     with pytest.raises(ParameterError, match=r"total: expected an integer"):
         DeviceRoom("gpu", 1.5)  # type: ignore[arg-type]
-    with pytest.raises(ParameterError, match=r"name"):
-        DeviceRoom("", 1)
-    with pytest.raises(ParameterError, match=r"DeviceRoom"):
-        check_rooms([8])  # type: ignore[list-item]
+    for name in ("", "a\0b", "\udc80", 3):
+        with pytest.raises(ParameterError, match=r"name"):
+            DeviceRoom(name, 1)  # type: ignore[arg-type]
+    for wrong in ([8], 8, "8GiB", DeviceRoom("gpu", 1)):
+        with pytest.raises(ParameterError, match=r"^devices: expected .*DeviceRoom"):
+            check_rooms(wrong)  # type: ignore[arg-type]
     with pytest.raises(ParameterError, match=r"one or more"):
         check_rooms([])

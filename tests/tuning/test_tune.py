@@ -11,14 +11,17 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from llama_crab import Llama, LlamaParams, ParameterError
 from llama_crab.cli import main
 from llama_crab.errors import ModelNotFoundError
-from llama_crab.tuning import Profile, goals, probe, tune, tune_report
+from llama_crab.tuning import Profile, goals, probe, tune, tune_report, tuner
+from llama_crab.tuning.bed import Bed
 from llama_crab.tuning.search import Step
 from llama_crab.tuning.tuner import explain
 
@@ -88,6 +91,41 @@ def test_a_budget_too_small_for_a_search_leaves_the_defaults(tiny_path):
     assert "Nothing better" in tune_report.conclusion(report)
 
 
+@pytest.mark.parametrize("goal", ["latency", "throughput", "ttft"])
+@pytest.mark.parametrize("token_sec", [0.001, 0.03, 0.5, 5.0])
+def test_a_slow_model_stays_within_its_budget(goal, token_sec, tiny_path, monkeypatch):
+    """Time passes by tokens only; one measurement beyond the budget is what tune.md allows."""
+    now, costs = [0.0], []
+
+    def take(n_tokens):
+        costs.append(n_tokens * token_sec)
+        now[0] += costs[-1]
+        return costs[-1]
+
+    def filled(bed, depth):
+        if depth and getattr(bed, "depth", 0) != depth:
+            now[0] += depth * token_sec
+            bed.depth = depth
+
+    def prefill(bed, n, depth=0):
+        filled(bed, depth)
+        return take(n)
+
+    def parallel(bed, n_seq, n, depth=0):
+        filled(bed, n_seq * depth)
+        return take(n_seq * n)
+
+    monkeypatch.setattr(Bed, "prefill", prefill)
+    monkeypatch.setattr(Bed, "parallel", parallel)
+    clock = SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime)
+    monkeypatch.setattr(tuner, "time", clock)
+    report = tune(tiny_path, goal=goal, budget_sec=20.0, save=False)
+    assert report.elapsed_sec == now[0]
+    # The look cannot be spared: a decode that pages the weights in, a prefill, a token.
+    assert now[0] <= max(20.0 + costs[-1], 5 * token_sec)
+    assert report.n_measured == 0 or token_sec < 5.0
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -116,8 +154,12 @@ def test_a_missing_model(tmp_path):
         (Step("n_threads", 4, 8, "kept", 0.03), "n_threads 4 -> 8: +3.0 %, kept"),
         (Step("n_ubatch", 512, 64, "slower", -0.2), "n_ubatch 512 -> 64: -20.0 %, slower"),
         (
-            Step("n_batch", 1, 2, "same", 0.004),
+            Step("n_batch", 1, 2, "same", 0.004, 0.02),
             "n_batch 1 -> 2: +0.4 %, within the spread, left as it was",
+        ),
+        (
+            Step("n_batch", 1, 2, "same", 0.008, 0.002),
+            "n_batch 1 -> 2: +0.8 %, less than 1 %, left as it was",
         ),
         (
             Step("n_seq_max", 8, 16, "infeasible", note="no memory"),
@@ -144,6 +186,8 @@ def test_steps_in_words(step, text):
         (["--depth", "1000000"], "--depth: 1000000 does not fit"),
         (["--report", "x.pdf"], "--report: x.pdf does not end in .html or .png"),
         (["--report", "/no/such/x.png"], "--report: there is no folder"),
+        (["--output", "/no/such/x.json"], "--output: there is no folder"),
+        (["--output", "/"], "--output: / is a folder"),
     ],
 )
 def test_wrong_options_are_usage_errors(args, message, tiny_path, capsys):
@@ -179,6 +223,47 @@ def test_json_and_png(tiny_path, tmp_path, capsys, own_cache):
     assert values["profile_path"] is None
     assert not own_cache.exists()
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_is_printed_before_a_file_fails(tiny_path, tmp_path, capsys, monkeypatch):
+    def fail(self, path=None):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Profile, "save", fail)
+    args = ["--budget", "2s", "--depth", "0", "--no-save", "--output", str(tmp_path / "p.json")]
+    assert main(["tune", str(tiny_path), *args]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("lever")
+    assert "the disk is full" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are told by sockets only")
+def test_ctrl_c_ends_a_decode_at_once(tiny_path):
+    """Python's own handler does nothing here: only a decode that is aborted ends the search."""
+    over = threading.Event()
+
+    def press():
+        while not over.wait(0.003):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    said = []
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    thread = threading.Thread(target=press)
+
+    def tell(line):
+        said.append(line)
+        if len(said) == 2:
+            thread.start()
+
+    try:
+        report = tune(tiny_path, budget_sec=600.0, depth=400, save=False, progress=tell)
+    finally:
+        over.set()
+        if thread.ident is not None:
+            thread.join()
+        signal.signal(signal.SIGINT, before)
+    assert report.ended == "interrupted"
+    assert report.elapsed_sec < 600.0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
