@@ -24,8 +24,7 @@ from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 from llama_crab.capi cimport lib
-from llama_crab.capi cimport native as nat
-from llama_crab.capi cimport ngram
+from llama_crab.capi cimport nat
 
 
 cdef class Model:
@@ -156,7 +155,7 @@ cdef class StepCounters:
 
 
 cdef class NgramCache:
-    cdef shared_ptr[ngram.CNgramCache] _c_cache
+    cdef shared_ptr[nat.CNgramCache] _c_cache
 
 
 cdef class Speculation:

@@ -33,7 +33,7 @@ cimport cython  # no-cython-lint
 
 from llama_crab.capi cimport fit_bridge  # no-cython-lint
 from llama_crab.capi cimport lib
-from llama_crab.capi cimport native as nat
+from llama_crab.capi cimport nat
 
 import atexit
 import os

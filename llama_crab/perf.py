@@ -198,7 +198,6 @@ class Perf:
             f"inter-token {_milliseconds(self.inter_token)}"
         )
 
-
     def _drafts(self) -> str:
         if not self.n_drafted:
             return ""

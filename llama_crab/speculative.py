@@ -112,8 +112,8 @@ class DraftModel(Protocol):
     Called before a batch, by whichever thread drives the loop, with the ids so far (int32, shape
     (n_tokens,), read-only, valid during the call) and the most tokens that are of use; returns ids
     that may follow, or none. A wrong one costs time and never changes the answer. An exception ends
-    the request and is raised by it. Attributes ``num_pred_tokens`` and ``adaptive`` are read if there
-    are any, with the meaning that they have in `PromptLookupDecoding`.
+    the request and is raised by it. Attributes ``num_pred_tokens`` and ``adaptive`` are read where
+    there are any, with the meaning that they have in `PromptLookupDecoding`.
     """
 
     def __call__(self, tokens: NDArray[np.int32], n_max: int, /) -> Sequence[int]:
@@ -192,7 +192,7 @@ class Drafts:
             self._refuse()
 
     def choose(self, value: Any) -> tuple[_core.Speculation | None, DraftModel | None]:
-        """Return what the core drafts from, and what Python does; ``"default"`` is the context's."""
+        """Return what the core drafts from, and what Python asks; "default" is the context's."""
         own = value != "default"
         value = check_speculative("speculative", value) if own else self._default
         if value is None:

@@ -38,11 +38,11 @@ class Request:
     """One call's worth of work: a prompt and `best_of` answers to it, of which `n` are wanted.
 
     `deadline_us` is a reading of `time_us` after which it ends with an error; `adapters` is the
-    index of its LoRA set; a stream that is `n_news_max` pieces ahead of its reader is held (0:
-    never); `listener` is called, by the thread that drives the loop, after it has got news or
-    ended, `on_end` with each sequence that ends, and `on_done` once when all have; `output` is how
-    its answers are read, `drafter` is asked for drafts of at most `n_draft_max` tokens, `opening` what a grammar must know of the prompt's end (see
-    `FusedSampler`).
+    index of its LoRA set; `drafter` is asked for drafts of at most `n_draft_max` tokens; a stream
+    that is `n_news_max` pieces ahead of its reader is held (0: never); `listener` is called, by the
+    thread that drives the loop, after it has got news or ended, `on_end` with each sequence that
+    ends, and `on_done` once when all have; `output` is how its answers are read, `opening` what a
+    grammar must know of the prompt's end (see `FusedSampler`).
     """
 
     prompt: list[int]

@@ -243,8 +243,8 @@ class Scheduler:
                 if self.cache.takes_checkpoint(sequence.request):
                     self.cache.checkpoint(slot, sequence.request)
                 self._delivery.collect(sequence)
-        for sequence, error in user_code.take_failed().items():
-            self._fail(sequence.request, error)
+        for sequence, reason in user_code.take_failed().items():
+            self._fail(sequence.request, reason)
         self._interrupted = False
         return self.stepper.n_steps != before or bool(news)
 

@@ -1,4 +1,4 @@
-"""Python code of users inside the loop: logits processors and drafters, made when a request has some."""
+"""Python code of users inside the loop: logits processors and drafters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class UserCode:
-    """What `Stepper.step` calls back; None where nobody asks for it.
+    """What `Stepper.step` calls back, made when a request asks for it.
 
     Thread-safety: none; the scheduler's.
     """

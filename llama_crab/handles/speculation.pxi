@@ -62,8 +62,8 @@ cdef class DraftControl:
     def choose(self, list base, list offers, int32_t n_room):
         """Return how many tokens of each offer to decode, at most `n_room` together.
 
-        `base` are the tokens of each slot that are decoded in any case; an offer is ``(slot, origin,
-        agreed, n_max, fixed)``.
+        `base` are the tokens of each slot that are decoded in any case; an offer is
+        ``(slot, origin, agreed, n_max, fixed)``.
         """
         cdef vector[int32_t] c_base = base
         cdef vector[int32_t] lengths

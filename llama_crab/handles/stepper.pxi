@@ -391,7 +391,7 @@ cdef class Stepper:
 
         ``cost_us``, the microseconds of a batch by its tokens; ``acceptance``, by where drafts come
         from and by how many tokens of context agreed, the share that held and the trials it is of;
-        ``expected_gain`` and ``measured_gain`` of the batches with drafts lately, against plain ones.
+        ``expected_gain``, ``measured_gain`` of batches with drafts lately, against plain ones.
         """
         return _speculation(self)
 

@@ -21,7 +21,7 @@ from llama_crab import (
 
 GREEDY = SamplerChain().greedy()
 FIXED = PromptLookupDecoding(max_ngram=3, num_pred_tokens=8, adaptive=False)
-CODE = '''def area(shapes):
+CODE = """def area(shapes):
     total = 0
     for shape in shapes:
         if shape.kind == "circle":
@@ -29,7 +29,7 @@ CODE = '''def area(shapes):
         elif shape.kind == "square":
             total += shape.side ** 2
     return total
-'''
+"""
 COPY = f"{CODE}\n\nThe same with sum for total:\n\ndef area(shapes):\n    sum = 0\n"
 LIST = '[{"name": "Ann", "age": 31}, {"name": "Bob", "age": 28}, {"name": "'
 STORY = "Once upon a time, in a village by the sea, a clockmaker"
@@ -50,7 +50,12 @@ def agree(found: Completion, expected: Completion) -> None:
     made with log-probabilities.
     """
     mine, other = found.choices[0].tokens, expected.choices[0].tokens
-    n = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, other)))
+    n = sum(
+        1
+        for _ in itertools.takewhile(
+            lambda pair: pair[0] == pair[1], zip(mine, other, strict=False)
+        )
+    )
     if n < min(len(mine), len(other)):
         logprobs = expected.choices[0].logprobs
         assert logprobs is not None
@@ -168,7 +173,7 @@ item ::= "{\"name\": \"" [A-Z] [a-z]+ "\", \"age\": " [0-9]+ "}"
 
 
 def test_grammars_hold(llama: Llama) -> None:
-    prompt = f"A list of three people: {LIST}Cid\", \"age\": 44}}]\nAnother list of two people: "
+    prompt = f'A list of three people: {LIST}Cid", "age": 44}}]\nAnother list of two people: '
     expected = plain(llama, prompt, 60, grammar=GRAMMAR)
     for drafts in (FIXED, "auto"):
         found = plain(llama, prompt, 60, grammar=GRAMMAR, speculative=drafts)
@@ -357,9 +362,9 @@ def test_wrong_values_are_named(llama: Llama, smol_path: Path) -> None:
         PromptLookupDecoding(2, min_ngram=3)
     with pytest.raises(ParameterError, match=r"^speculative\.num_pred_tokens: 0 is less than 1"):
         PromptLookupDecoding(2, 0)
-    with Llama(smol_path, n_ctx=256) as other:
-        with pytest.raises(ParameterError, match=r"^speculative: the context has no output rows"):
-            plain(other, STORY, 5, speculative="auto")
+    no_rows = pytest.raises(ParameterError, match=r"^speculative: the context has no output rows")
+    with Llama(smol_path, n_ctx=256) as other, no_rows:
+        plain(other, STORY, 5, speculative="auto")
 
 
 def test_parameters_are_written_and_read() -> None:
