@@ -13,6 +13,7 @@
 #   StepCounters, LatencyHistogram   what a Stepper has counted; stand alone, also after its end
 #   Batch                            one llama_batch; stands alone
 #   TokenizedTexts                   token ids of many texts; stands alone
+#   NgramIndex, NgramCache           n-grams of one sequence, of past answers; stand alone
 #   ChatPrompt ─── ChatParser        a rendered conversation, and the parser of its answer; no model
 #
 # The C objects are shared_ptr-owned, so no order of dropping Python objects, and no order in which
@@ -25,6 +26,7 @@ from libcpp.vector cimport vector
 
 from llama_crab.capi cimport lib
 from llama_crab.capi cimport native as nat
+from llama_crab.capi cimport ngram
 
 
 cdef class Model:
@@ -209,3 +211,14 @@ cdef class ChatParser:
     cdef unique_ptr[nat.CChatParser] _c_parser  # owned; shares the compiled format
 
     cdef nat.CChatParser *_require_open(self) except NULL
+
+
+cdef class NgramIndex:
+    cdef ngram.CNgramIndex *_c_index    # owned
+
+
+cdef class NgramCache:
+    cdef ngram.NgramCachePtr _c_cache   # shared with the steppers that learn and draft
+    cdef int _generation
+
+    cdef ngram.CNgramCache *_require_open(self) except NULL

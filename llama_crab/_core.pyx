@@ -34,6 +34,7 @@ cimport cython  # no-cython-lint
 from llama_crab.capi cimport fit_bridge  # no-cython-lint
 from llama_crab.capi cimport lib
 from llama_crab.capi cimport native as nat
+from llama_crab.capi cimport ngram  # no-cython-lint
 
 import atexit
 import os
@@ -64,6 +65,7 @@ include "handles/step_counters.pxi"  # LatencyHistogram, StepCounters
 include "handles/stepper.pxi"    # Stepper: one engine step without the GIL
 include "handles/embedder.pxi"   # Embedder: packed batches of texts to rows of floats
 include "handles/chat.pxi"       # ChatTemplates, ChatPrompt, ChatParser
+include "handles/ngram.pxi"      # NgramIndex, NgramCache: drafts from what was written before
 
 nat.log_install()
 nat.install_abort_handler()
