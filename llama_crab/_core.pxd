@@ -13,6 +13,7 @@
 #   StepCounters, LatencyHistogram   what a Stepper has counted; stand alone, also after its end
 #   Batch                            one llama_batch; stands alone
 #   TokenizedTexts                   token ids of many texts; stands alone
+#   NgramIndex, NgramCache           n-grams of one sequence, of past answers; stand alone
 #   ChatPrompt ─── ChatParser        a rendered conversation, and the parser of its answer; no model
 #
 # The C objects are shared_ptr-owned, so no order of dropping Python objects, and no order in which
@@ -154,10 +155,6 @@ cdef class StepCounters:
     cdef shared_ptr[nat.CStepCounters] _c_counters  # a Stepper's, or zeros
 
 
-cdef class NgramCache:
-    cdef shared_ptr[nat.CNgramCache] _c_cache
-
-
 cdef class Speculation:
     cdef nat.Speculation _c_speculation  # holds a share of the n-gram cache
 
@@ -224,3 +221,14 @@ cdef class ChatParser:
     cdef unique_ptr[nat.CChatParser] _c_parser  # owned; shares the compiled format
 
     cdef nat.CChatParser *_require_open(self) except NULL
+
+
+cdef class NgramIndex:
+    cdef nat.CNgramIndex *_c_index    # owned
+
+
+cdef class NgramCache:
+    cdef nat.NgramCachePtr _c_cache   # shared with the steppers that learn and draft
+    cdef int _generation
+
+    cdef nat.CNgramCache *_require_open(self) except NULL

@@ -61,12 +61,12 @@ include "handles/fused.pxi"      # FusedSampler
 include "handles/row_scratch.pxi"  # RowScratch: rows under a logits processor
 include "handles/slot_memory.pxi"  # SuspendedSlot; bodies of Stepper.suspend, save, ...
 include "handles/step_counters.pxi"  # LatencyHistogram, StepCounters
-include "handles/ngram.pxi"
 include "handles/slot_results.pxi"  # bodies of Stepper.news, tokens, logprobs, ...
 include "handles/speculation.pxi"  # Speculation; bodies of Stepper.drafts, speculation, ...
 include "handles/stepper.pxi"    # Stepper: one engine step without the GIL
 include "handles/embedder.pxi"   # Embedder: packed batches of texts to rows of floats
 include "handles/chat.pxi"       # ChatTemplates, ChatPrompt, ChatParser
+include "handles/ngram.pxi"      # NgramIndex, NgramCache: drafts from what was written before
 
 nat.log_install()
 nat.install_abort_handler()

@@ -24,6 +24,7 @@ from .vector_methods import VectorMethods, cannot_generate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .draft_sources import DraftSources
     from .engine.snapshots import SnapshotStore
 
 
@@ -82,6 +83,7 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
                 self._engine = Engine(scheduler)
                 self._meter = PerfMeter(scheduler.stepper.counters, scheduler.tally)
                 self._lora = LoraSets(self._model, self._engine)
+                self._draft_sources = self._open_draft_sources(scheduler.stepper)
                 drafts = self._drafts(scheduler.stepper)
                 self._builder = RequestBuilder(
                     self._vocab, self.params, self.n_ctx, self._lora, drafts
@@ -154,6 +156,8 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
         """
         self._engine.close()
         if not self.params.embeddings:
+            if self._draft_sources is not None:
+                self._draft_sources.close()
             self._lora.close()
             self._chats.close()
         if self._owns_model:
@@ -199,8 +203,15 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
             self.params.speculative,
             can_draft=stepper.can_draft,
             n_rows=self._context.n_outputs_max - self._context.n_seq_max,
-            cache=None,
+            cache=None if self._draft_sources is None else self._draft_sources.cache,
         )
+
+    def _open_draft_sources(self, stepper: _core.Stepper) -> DraftSources | None:
+        if self.params.speculative is None:
+            return None
+        from .draft_sources import DraftSources
+
+        return DraftSources(self.params, stepper)
 
     def _snapshots(self) -> SnapshotStore | None:
         """Return the place for what has to leave the KV cache."""
@@ -209,7 +220,8 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
             return None
         from pathlib import Path
 
-        from .engine.snapshots import SnapshotStore
+        from .draft_sources import DraftSources
+    from .engine.snapshots import SnapshotStore
 
         folder = None if params.cache_dir is None else Path(params.cache_dir)
         return SnapshotStore(

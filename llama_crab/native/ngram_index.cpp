@@ -1,6 +1,7 @@
 #include "ngram_index.h"
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 namespace llama_crab {
@@ -152,6 +153,32 @@ int32_t NgramIndex::draft(const std::vector<llama_token> & tokens, int32_t n_max
         out.push_back(token);
     }
     return longest;
+}
+
+std::vector<double> time_ngram_index(NgramIndex & index, const std::vector<llama_token> & tokens,
+                                     int32_t n_max, size_t evict_bytes) {
+    using Clock = std::chrono::steady_clock;
+    const auto begin = tokens.begin();
+
+    std::vector<double>      times;
+    std::vector<uint8_t>     others(evict_bytes);
+    std::vector<llama_token> out;
+    std::vector<llama_token> known;
+    known.reserve(tokens.size());
+    known.assign(begin, begin + (ptrdiff_t) std::min(index.size(), tokens.size()));
+    out.reserve((size_t) n_max);
+    while (known.size() < tokens.size()) {
+        for (size_t i = 0; i < evict_bytes; i += 64) {
+            ++others[i];
+        }
+        known.push_back(tokens[known.size()]);
+        out.clear();
+        const auto start = Clock::now();
+        index.extend(known);
+        index.draft(known, n_max, out);
+        times.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
+    }
+    return times;
 }
 
 }  // namespace llama_crab

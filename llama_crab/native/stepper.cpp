@@ -348,7 +348,8 @@ void Stepper::release(int32_t i, Finish reason) {
     slot.active = false;
     slot.finish = reason;
     if (slot.request.speculation.cache != nullptr && reason != Finish::none) {
-        slot.request.speculation.cache->learn(slot.tokens, slot.n_prompt, (int32_t) slot.tokens.size());
+        slot.request.speculation.cache->learn(slot.tokens, (size_t) slot.n_prompt,
+                                               slot.tokens.size());
     }
     // Of those that wait for its prompt one goes on, and leads the others: what each has in common
     // with the old leader they have in common with each other.

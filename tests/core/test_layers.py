@@ -29,7 +29,7 @@ LAYERS: dict[str, int] = {
         3,
     ),
     **dict.fromkeys(("llama", "async_llama", "chat_methods", "completion_methods"), 4),
-    **dict.fromkeys(("vector_methods", "tuning", "compat", "telemetry"), 4),
+    **dict.fromkeys(("draft_sources", "vector_methods", "tuning", "compat", "telemetry"), 4),
     **dict.fromkeys(("cli", "pytest_plugin"), 5),
 }
 # They gather and start; every layer is below them.
