@@ -26,7 +26,7 @@ from llama_crab import LlamaParams, _core  # noqa: E402
 from llama_crab.tuning.bed import Bed  # noqa: E402
 
 DEPTH = 384
-ROUNDS = 15
+ROUNDS = 9
 _MORE = (*range(17), 20, 24, 28, 32)  # tokens beyond one of each sequence
 _LARGEST_STEP = 256
 
