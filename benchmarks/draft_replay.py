@@ -6,6 +6,8 @@ Nothing of the engine is used here: the drafts are those of its rule, written do
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,8 +148,8 @@ def bounds(answers: Sequence[Sequence[Draft]], n_seq: int, cost: Cost) -> dict[s
     """Return the tokens/s, as a ratio to no drafts, that choices of lengths reach at most.
 
     ``fixed``: one length for all. ``by_agreement``: one for each class of agreement, chosen in
-    hindsight, which is what acceptance and costs allow to who cannot foresee. ``foreseen``: only
-    tokens that will be accepted, up to the best limit.
+    hindsight: what acceptance and costs allow to who cannot foresee, and looks at each sequence by
+    itself. ``foreseen``: only tokens that will be accepted, up to the best limit.
     """
 
     def sec(policy: Policy) -> float:
@@ -157,22 +159,17 @@ def bounds(answers: Sequence[Sequence[Draft]], n_seq: int, cost: Cost) -> dict[s
     fixed = {length: sec(lambda _, length=length: length) for length in LENGTHS}
     foreseen = min(sec(lambda draft, limit=limit: min(draft.n_right, limit)) for limit in LENGTHS)
     best_length = min(fixed, key=fixed.__getitem__)
-    lengths = [best_length] * len(_CLASSES)
-
-    def chosen(draft: Draft) -> int:
-        return lengths[_class(draft.agreed)] if draft.n else 0
-
-    least = fixed[best_length]
+    # One class after the other gets its best length, from the best of many beginnings.
+    starts = [[0] * i + [n] * (len(_CLASSES) - i) for i in range(len(_CLASSES)) for n in LENGTHS]
+    least, lengths = min((sec(_by_class(start)), start) for start in starts)
     improved = True
     while improved:
         improved = False
-        for i in range(len(_CLASSES)):
-            kept = lengths[i]
-            for length in LENGTHS:
-                lengths[i] = length
-                if (spent := sec(chosen)) < least * 0.9999:
-                    least, kept, improved = spent, length, True
-            lengths[i] = kept
+        for i, length in itertools.product(range(len(_CLASSES)), LENGTHS):
+            other = [*lengths[:i], length, *lengths[i + 1 :]]
+            spent = sec(_by_class(other))
+            if spent < least * 0.9999:
+                least, lengths, improved = spent, other, True
     return {
         "fixed": round(plain / fixed[best_length], 4),
         "fixed_length": best_length,
@@ -181,5 +178,5 @@ def bounds(answers: Sequence[Sequence[Draft]], n_seq: int, cost: Cost) -> dict[s
     }
 
 
-def _class(agreed: int) -> int:
-    return max(i for i, bound in enumerate(_CLASSES) if agreed >= bound)
+def _by_class(lengths: Sequence[int]) -> Policy:
+    return lambda draft: lengths[bisect_right(_CLASSES, draft.agreed) - 1] if draft.n else 0
