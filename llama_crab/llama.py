@@ -220,8 +220,7 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
             return None
         from pathlib import Path
 
-        from .draft_sources import DraftSources
-    from .engine.snapshots import SnapshotStore
+        from .engine.snapshots import SnapshotStore
 
         folder = None if params.cache_dir is None else Path(params.cache_dir)
         return SnapshotStore(
