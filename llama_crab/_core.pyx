@@ -31,6 +31,7 @@ from libcpp.vector cimport vector  # no-cython-lint
 from cython.operator cimport dereference as deref  # no-cython-lint
 cimport cython  # no-cython-lint
 
+from llama_crab.capi cimport draft_model as draft  # no-cython-lint
 from llama_crab.capi cimport fit_bridge  # no-cython-lint
 from llama_crab.capi cimport lib
 from llama_crab.capi cimport native as nat
@@ -62,6 +63,7 @@ include "handles/row_scratch.pxi"  # RowScratch: rows under a logits processor
 include "handles/slot_memory.pxi"  # SuspendedSlot; bodies of Stepper.suspend, save, ...
 include "handles/step_counters.pxi"  # LatencyHistogram, StepCounters
 include "handles/stepper.pxi"    # Stepper: one engine step without the GIL
+include "handles/draft_model.pxi"  # DraftModel: drafts of a second model
 include "handles/embedder.pxi"   # Embedder: packed batches of texts to rows of floats
 include "handles/chat.pxi"       # ChatTemplates, ChatPrompt, ChatParser
 
