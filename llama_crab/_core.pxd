@@ -5,6 +5,7 @@
 #     ├─────── Context ──┬─ Memory   one llama_context; a share of the model
 #     │                  ├─ Logits, Embeddings    views; a share of the context + one export each
 #     │                  ├─ Stepper  the engine's step; a share of the context
+#     │                  ├─ DraftModel drafts for it; a share of the context, and one of its own
 #     │                  └─ Embedder texts to vectors; a share of the context
 #     ├─────── LoraAdapter           one llama_adapter_lora; a share of the model
 #     ├─────── ChatTemplates         parsed chat templates; a share of the model
@@ -24,6 +25,7 @@ from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from llama_crab.capi cimport draft_model as draft
 from llama_crab.capi cimport lib
 from llama_crab.capi cimport nat
 
@@ -34,6 +36,7 @@ cdef class Model:
     cdef readonly object path           # str, or tuple of str for splits
     cdef readonly bint vocab_only       # no weights were loaded: no Context can use it
     cdef readonly bint no_alloc         # sizes only: no Context can use it
+    cdef readonly bint load_mtp         # with its MTP layers, where it has some
     cdef Vocab _vocab                   # made on first use
 
     cdef lib.llama_model *_require_open(self) except NULL
@@ -177,6 +180,16 @@ cdef class Stepper:
     cdef nat.CStepper *_require_open(self) except NULL
     cdef int _require_slot(self, int i) except -1
     cdef int _process(self, object process) except -1
+
+
+cdef class DraftModel:
+    cdef draft.DraftSourcePtr _c_source  # this object's share; it has shares of both contexts
+    cdef Context _target                # strong
+    cdef Model _model                   # strong: the one that drafts; the target's for its heads
+    cdef readonly str kind
+    cdef long _epoch                    # of the target when this was made
+
+    cdef draft.DraftSource *_require_open(self) except NULL
 
 
 cdef class TokenizedTexts:

@@ -62,6 +62,7 @@ cdef extern from "native/handles.h" namespace "llama_crab" nogil:
     long live_adapters "(long) llama_crab::live.adapters"
     long live_steppers "(long) llama_crab::live.steppers"
     long live_embedders "(long) llama_crab::live.embedders"
+    long live_drafters "(long) llama_crab::live.drafters"
     void count_batches(long n)
     void count_samplers(long n)
 

@@ -7,6 +7,7 @@ from libcpp.pair cimport pair
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from llama_crab.capi.draft_model cimport DraftSourcePtr
 from llama_crab.capi.llama cimport llama_token
 from llama_crab.capi.native cimport AdapterPtr, ContextPtr, RowSampler, Status
 from llama_crab.capi.ngram cimport NgramCachePtr
@@ -171,6 +172,7 @@ cdef extern from "native/stepper.h" namespace "llama_crab" nogil:
         void discard_rows() except +
         const vector[int32_t]& slots_to_draft() except +
         void set_draft(int32_t i, vector[int32_t] tokens) except +
+        void set_draft_source(DraftSourcePtr source)
         bool can_draft()
         const DraftControl& draft_control()
         void fail(int32_t i, const string& message) except +

@@ -129,6 +129,15 @@ cdef int _ask_drafts(Stepper stepper, object draft) except -1:
     return 0
 
 
+cdef int _set_draft_model(Stepper stepper, DraftModel model) except -1:
+    cdef nat.CStepper *c = stepper._require_open()
+    model._require_open()
+    if model._target is not stepper._context:
+        raise ValueError("the draft model was made for another context")
+    c.set_draft_source(model._c_source)
+    return 0
+
+
 cdef tuple _drafts(Stepper stepper, int i):
     cdef const nat.Slot *slot = _slot_of(stepper, i)
     return slot.draft.n_drafted, slot.draft.n_accepted

@@ -382,6 +382,10 @@ cdef class Stepper:
         cdef const nat.Slot *slot = &stepper.slot(i)
         return slot.n_prompt, slot.n_cached, slot.n_past, slot.n_generated()
 
+    def set_draft_model(self, DraftModel model not None):
+        """Draft with `model`, made for this context, where a `Speculation` says so."""
+        _set_draft_model(self, model)
+
     def drafts(self, int i):
         """Return ``(n_drafted, n_accepted)`` of slot `i`, in tokens."""
         return _drafts(self, i)
