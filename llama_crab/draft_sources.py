@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any, cast
 
 from . import _core
 from .errors import StateError
@@ -67,19 +68,27 @@ class DraftSources:
         else:
             from .llama import open_model
 
-            fields = {"n_gpu_layers": wanted.n_gpu_layers, "n_ctx": params.n_ctx}
-            if kind == "mtp":
-                fields["load_mtp"] = True
-            self._model, _ = open_model(LlamaParams(wanted.model, **fields))
+            self._model, _ = open_model(
+                LlamaParams(
+                    wanted.model,
+                    n_gpu_layers=wanted.n_gpu_layers,
+                    n_ctx=params.n_ctx,
+                    load_mtp=True if kind == "mtp" else None,
+                )
+            )
             if kind == "auto":
-                architecture = self._model.metadata().get("general.architecture", "")
+                architecture = self._model.metadata.get("general.architecture", "")
                 kind = "eagle3" if architecture == "eagle3" else "draft"
-        threads = {}
+        threads: dict[str, Any] = {}
         if wanted.n_threads:
             threads = {"n_threads": wanted.n_threads, "n_threads_batch": wanted.n_threads}
         try:
             self._draft_model = _core.DraftModel(
-                stepper.context, self._model, kind, wanted.num_pred_tokens, **threads
+                stepper.context,
+                self._model,
+                cast("Any", kind),
+                wanted.num_pred_tokens,
+                **threads,
             )
         except BaseException:
             self.close()

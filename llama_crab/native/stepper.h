@@ -139,6 +139,7 @@ private:
     void    look_up(Slot & slot, int32_t n_max);
     void    ask_source();
     void    tell_source();
+    void    rewind_source(int32_t i, int32_t n);
     void    lose_source(const Status & status);
     bool    drop_drafts();
     void    advance_draft(Slot & slot);

@@ -132,6 +132,13 @@ void Stepper::tell_source() {
     }
 }
 
+// What reads the model's hidden states must know that some are of tokens that are gone.
+void Stepper::rewind_source(int32_t i, int32_t n) {
+    if (draft_source_ != nullptr) {
+        draft_source_->rewind(i, n);
+    }
+}
+
 // Without drafts the answers are the same.
 void Stepper::lose_source(const Status & status) {
     if (status.kind != Status::ok) {
@@ -217,6 +224,7 @@ void Stepper::settle_draft(int32_t i) {
             remove_cells(i);
         }
         slot.cut(n_valid);
+        rewind_source(i, slot.n_past);
     }
     draft.drop();
 }
