@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-full asan build lint bench native native-servers wheel sdist docs clean models asan-run
+.PHONY: demo test test-full asan build lint bench native native-servers native-speculation wheel sdist docs clean models asan-run
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,7 +29,7 @@ lint: $(VENV)/dev build
 	export PATH="$(CURDIR)/$(BIN):$$PATH"; ruff check && ruff format --check && cython-lint llama_crab \
 		&& mypy && stubtest llama_crab._core --mypy-config-file pyproject.toml --allowlist tests/typing/stubtest-allowlist.txt
 
-bench: $(VENV)/dev build native native-servers models  ## ratios to native llama-bench, in one run
+bench: $(VENV)/dev build native native-servers native-speculation models  ## ratios to native llama-bench, in one run
 	$(BIN)/pytest benchmarks $(PYTEST_ARGS)
 
 native: $(VENV)/tools  ## what tests and benchmarks compare with: same tree, same flags
@@ -37,6 +37,9 @@ native: $(VENV)/tools  ## what tests and benchmarks compare with: same tree, sam
 
 native-servers: $(VENV)/tools  ## what answers many requests at once; takes minutes the first time
 	$(BIN)/python build_tools/cmake_build.py llama-server llama-batched-bench
+
+native-speculation: $(VENV)/tools  ## llama.cpp's speculation without a draft model
+	$(BIN)/python build_tools/cmake_build.py llama-lookup llama-speculative-simple llama-quantize
 
 wheel: $(VENV)/tools
 	$(BIN)/python setup.py -q bdist_wheel

@@ -35,6 +35,7 @@ from .llama import Llama
 from .params import LlamaParams, ParameterError
 from .perf import Latencies, Measurement, Perf
 from .sampling import SamplerChain
+from .speculative import DraftModel, DraftModelDecoding, PromptLookupDecoding
 from .stream import CompletionStream
 from .timings import CompletionTimings
 
@@ -86,6 +87,8 @@ __all__ = [
     "CompletionHandle",
     "CompletionStream",
     "CompletionTimings",
+    "DraftModel",
+    "DraftModelDecoding",
     "Latencies",
     "Llama",
     "LlamaCrabError",
@@ -94,6 +97,7 @@ __all__ = [
     "Measurement",
     "ParameterError",
     "Perf",
+    "PromptLookupDecoding",
     "SamplerChain",
     "Session",
     "TokenLogprob",

@@ -5,6 +5,7 @@
 #     ├─────── Context ──┬─ Memory   one llama_context; a share of the model
 #     │                  ├─ Logits, Embeddings    views; a share of the context + one export each
 #     │                  ├─ Stepper  the engine's step; a share of the context
+#     │                  ├─ DraftModel drafts for it; a share of the context, and one of its own
 #     │                  └─ Embedder texts to vectors; a share of the context
 #     ├─────── LoraAdapter           one llama_adapter_lora; a share of the model
 #     ├─────── ChatTemplates         parsed chat templates; a share of the model
@@ -13,6 +14,7 @@
 #   StepCounters, LatencyHistogram   what a Stepper has counted; stand alone, also after its end
 #   Batch                            one llama_batch; stands alone
 #   TokenizedTexts                   token ids of many texts; stands alone
+#   NgramIndex, NgramCache           n-grams of one sequence, of past answers; stand alone
 #   ChatPrompt ─── ChatParser        a rendered conversation, and the parser of its answer; no model
 #
 # The C objects are shared_ptr-owned, so no order of dropping Python objects, and no order in which
@@ -23,8 +25,9 @@ from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from llama_crab.capi cimport draft_model as draft
 from llama_crab.capi cimport lib
-from llama_crab.capi cimport native as nat
+from llama_crab.capi cimport nat
 
 
 cdef class Model:
@@ -33,6 +36,7 @@ cdef class Model:
     cdef readonly object path           # str, or tuple of str for splits
     cdef readonly bint vocab_only       # no weights were loaded: no Context can use it
     cdef readonly bint no_alloc         # sizes only: no Context can use it
+    cdef readonly bint load_mtp         # with its MTP layers, where it has some
     cdef Vocab _vocab                   # made on first use
 
     cdef lib.llama_model *_require_open(self) except NULL
@@ -154,6 +158,17 @@ cdef class StepCounters:
     cdef shared_ptr[nat.CStepCounters] _c_counters  # a Stepper's, or zeros
 
 
+cdef class Speculation:
+    cdef nat.Speculation _c_speculation  # holds a share of the n-gram cache
+
+
+cdef class DraftControl:
+    cdef nat.DraftControl *_c_control   # owned
+    cdef vector[nat.DraftAcceptance] _c_acceptance  # by slot
+
+    cdef int _require_slot(self, int slot) except -1
+
+
 cdef class Stepper:
     cdef nat.CStepper *_c_stepper       # owned; holds a share of the context
     cdef Context _context               # strong
@@ -165,6 +180,16 @@ cdef class Stepper:
     cdef nat.CStepper *_require_open(self) except NULL
     cdef int _require_slot(self, int i) except -1
     cdef int _process(self, object process) except -1
+
+
+cdef class DraftModel:
+    cdef draft.DraftSourcePtr _c_source  # this object's share; it has shares of both contexts
+    cdef Context _target                # strong
+    cdef Model _model                   # strong: the one that drafts; the target's for its heads
+    cdef readonly str kind
+    cdef long _epoch                    # of the target when this was made
+
+    cdef draft.DraftSource *_require_open(self) except NULL
 
 
 cdef class TokenizedTexts:
@@ -209,3 +234,14 @@ cdef class ChatParser:
     cdef unique_ptr[nat.CChatParser] _c_parser  # owned; shares the compiled format
 
     cdef nat.CChatParser *_require_open(self) except NULL
+
+
+cdef class NgramIndex:
+    cdef nat.CNgramIndex *_c_index    # owned
+
+
+cdef class NgramCache:
+    cdef nat.NgramCachePtr _c_cache   # shared with the steppers that learn and draft
+    cdef int _generation
+
+    cdef nat.CNgramCache *_require_open(self) except NULL

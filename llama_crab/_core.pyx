@@ -31,9 +31,10 @@ from libcpp.vector cimport vector  # no-cython-lint
 from cython.operator cimport dereference as deref  # no-cython-lint
 cimport cython  # no-cython-lint
 
+from llama_crab.capi cimport draft_model as draft  # no-cython-lint
 from llama_crab.capi cimport fit_bridge  # no-cython-lint
 from llama_crab.capi cimport lib
-from llama_crab.capi cimport native as nat
+from llama_crab.capi cimport nat
 
 import atexit
 import os
@@ -61,9 +62,13 @@ include "handles/fused.pxi"      # FusedSampler
 include "handles/row_scratch.pxi"  # RowScratch: rows under a logits processor
 include "handles/slot_memory.pxi"  # SuspendedSlot; bodies of Stepper.suspend, save, ...
 include "handles/step_counters.pxi"  # LatencyHistogram, StepCounters
+include "handles/slot_results.pxi"  # bodies of Stepper.news, tokens, logprobs, ...
+include "handles/speculation.pxi"  # Speculation; bodies of Stepper.drafts, speculation, ...
 include "handles/stepper.pxi"    # Stepper: one engine step without the GIL
+include "handles/draft_model.pxi"  # DraftModel: drafts of a second model
 include "handles/embedder.pxi"   # Embedder: packed batches of texts to rows of floats
 include "handles/chat.pxi"       # ChatTemplates, ChatPrompt, ChatParser
+include "handles/ngram.pxi"      # NgramIndex, NgramCache: drafts from what was written before
 
 nat.log_install()
 nat.install_abort_handler()

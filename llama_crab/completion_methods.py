@@ -128,6 +128,10 @@ class CompletionMethods:
             A `LoraAdapter` of `load_lora`, or a mapping of several to their scales.
         session
             A `Session` that the prompt and the answer are appended to.
+        speculative
+            What drafts come from: ``"auto"``, `PromptLookupDecoding`, a `DraftModel` of your own,
+            None for no drafts; default: the params' choice. Without effect on requests with
+            `logits_processors`.
         response_format, grammar, regex, choices, lark
             One of them, the answer's form, read as ``completion.parsed``: OpenAI's mapping, a
             pydantic model, dataclass or TypedDict; GBNF; a pattern; texts of which it is one; a

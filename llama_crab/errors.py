@@ -125,6 +125,10 @@ class AdapterError(LlamaCrabError, ValueError):
     """A LoRA adapter cannot be loaded or applied."""
 
 
+class DraftModelError(LlamaCrabError, ValueError):
+    """A model cannot draft for the target: another vocabulary, or a memory that cannot be cut."""
+
+
 class SchemaError(LlamaCrabError, ValueError):
     """A JSON schema asks for what cannot be guaranteed, or is no JSON schema.
 

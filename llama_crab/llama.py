@@ -19,10 +19,12 @@ from .model_identity import state_key
 from .params import LlamaParams, ParameterError
 from .perf import Measurement, Perf, PerfMeter
 from .request_builder import RequestBuilder
+from .speculative import Drafts
 from .vector_methods import VectorMethods, cannot_generate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .draft_sources import DraftSources
     from .engine.snapshots import SnapshotStore
 
 
@@ -81,7 +83,11 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
                 self._engine = Engine(scheduler)
                 self._meter = PerfMeter(scheduler.stepper.counters, scheduler.tally)
                 self._lora = LoraSets(self._model, self._engine)
-                self._builder = RequestBuilder(self._vocab, self.params, self.n_ctx, self._lora)
+                self._draft_sources = self._open_draft_sources(scheduler.stepper)
+                drafts = self._drafts(scheduler.stepper)
+                self._builder = RequestBuilder(
+                    self._vocab, self.params, self.n_ctx, self._lora, drafts
+                )
                 self._chats = ChatRequests(self._model, self._vocab, self.params, self._builder)
         finally:
             logs.flush()
@@ -150,6 +156,8 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
         """
         self._engine.close()
         if not self.params.embeddings:
+            if self._draft_sources is not None:
+                self._draft_sources.close()
             self._lora.close()
             self._chats.close()
         if self._owns_model:
@@ -188,6 +196,22 @@ class Llama(ChatMethods, CompletionMethods, VectorMethods):
         Bytes that are no UTF-8 become U+FFFD. Wraps ``llama_detokenize``.
         """
         return self._vocab.detokenize(tokens, False, special).decode("utf-8", "replace")
+
+    def _drafts(self, stepper: _core.Stepper) -> Drafts:
+        """Return what makes drafts of the kinds that requests may ask for."""
+        return Drafts(
+            self.params.speculative,
+            can_draft=stepper.can_draft,
+            n_rows=self._context.n_outputs_max - self._context.n_seq_max,
+            cache=None if self._draft_sources is None else self._draft_sources.cache,
+        )
+
+    def _open_draft_sources(self, stepper: _core.Stepper) -> DraftSources | None:
+        if self.params.speculative is None:
+            return None
+        from .draft_sources import DraftSources
+
+        return DraftSources(self.params, stepper)
 
     def _snapshots(self) -> SnapshotStore | None:
         """Return the place for what has to leave the KV cache."""

@@ -19,6 +19,8 @@ from .param_rules import RANDOM_SEED as RANDOM_SEED
 from .param_rules import ParameterError as ParameterError
 from .param_rules import require_integer as require_integer
 from .sampling import SamplerChain
+from .speculative import Speculative, check_speculative, n_draft_rows
+from .speculative import to_dict as speculative_to_dict
 
 # Not imported from typing: that module alone costs a tenth of the package's import budget.
 TYPE_CHECKING = False
@@ -52,7 +54,8 @@ class LlamaParams:
     demo model. Every other field is keyword only, and None means llama.cpp's default, except:
 
     - ``n_ctx``: min(trained length, 4096) per sequence; 0 means the trained length in total.
-    - ``n_outputs_max``: ``n_seq_max``, or every token of a batch when ``embeddings`` is set.
+    - ``n_outputs_max``: ``n_seq_max`` and what drafts need (``speculative``), or every token of a
+      batch when ``embeddings`` is set.
     - ``n_gpu_layers``: "auto", as many as the free memory of the devices holds, less
       ``fit_margin_mib`` MiB on each; an ``n_ctx`` that is not set may shrink for that, too.
     - ``n_threads``: the performance cores this process may use; ``n_threads_batch``: the same.
@@ -65,6 +68,8 @@ class LlamaParams:
     ``max_itl_ms`` bounds the time between two tokens of an answer while prompts are computed
     beside it, None for no bound. What has to leave the KV cache goes to ``cache_ram_mib`` MiB of
     host memory, and from there to ``cache_disk_mib`` MiB of files in ``cache_dir``; 0 for none.
+    ``speculative`` says what drafts come from: None for no drafts, "auto" for prompt lookup with
+    lengths of measured worth, or see `llama_crab.speculative`.
     ``profile`` takes what is not set from a saved result of `llama_crab.tuning.tune`: "auto", the
     name of a goal, or a file.
 
@@ -128,6 +133,7 @@ class LlamaParams:
     cache_disk_mib: int = 0
     fit_margin_mib: int = 1024
     profile: str | os.PathLike[str] | None = None
+    speculative: Speculative = None
 
     def __post_init__(self) -> None:
         if self.model is not None and not isinstance(self.model, (str, os.PathLike)):
@@ -145,6 +151,7 @@ class LlamaParams:
         self._normalise("devices", param_rules.devices, None)
         self._normalise("tensor_split", param_rules.tensor_split, None)
         self._normalise("tensor_buft_overrides", param_rules.buffer_overrides, None)
+        self._normalise("speculative", check_speculative, None)
         self._normalise("kv_overrides", param_rules.overrides, None)
         self._check_batches()
         self._check_attention()
@@ -223,7 +230,7 @@ class LlamaParams:
             per_sequence = min(n_ctx_train, DEFAULT_N_CTX) if n_ctx_train > 0 else DEFAULT_N_CTX
             changes["n_ctx"] = per_sequence * n_seq_max
         if self.n_outputs_max is None:
-            changes["n_outputs_max"] = n_seq_max
+            changes["n_outputs_max"] = n_seq_max + n_draft_rows(self.speculative, n_seq_max)
         if self.kv_unified is None and n_seq_max > 1:
             # Streams that are no neighbours need a micro-batch each, and a GPU pays for each.
             changes["kv_unified"] = offloaded
@@ -266,6 +273,8 @@ class LlamaParams:
                 value = os.fspath(value)
             elif item.name == "sampler":
                 value = value.to_dict()
+            elif item.name == "speculative":
+                value = speculative_to_dict(value)
             result[item.name] = list(value) if isinstance(value, tuple) else value
         return result
 

@@ -110,6 +110,13 @@ class Perf:
         From the beginning to this reading, pauses included.
     n_steps
         Batches computed.
+    n_drafted, n_draft_accepted
+        Tokens decoded in the hope that they would be chosen, and of these the ones that were.
+    draft_sec
+        Time spent on making drafts, beside ``decode_sec``.
+    draft_saved_sec
+        What ``decode_sec`` would have had beyond this without drafts, as reckoned from the cost of
+        plain batches; negative when drafts lost.
     first_token
         `Latencies` from a request's submission to its first token.
     inter_token
@@ -129,6 +136,10 @@ class Perf:
     sample_sec: float
     wall_sec: float
     n_steps: int
+    n_drafted: int
+    n_draft_accepted: int
+    draft_sec: float
+    draft_saved_sec: float
     first_token: Latencies
     inter_token: Latencies
 
@@ -147,6 +158,17 @@ class Perf:
         """Prompt tokens computed per second of ``prefill_sec``."""
         return self.prefilled_n / self.prefill_sec if self.prefill_sec > 0.0 else 0.0
 
+    @property
+    def acceptance(self) -> float:
+        """Of the drafted tokens the share that was chosen; 0.0 when there were none."""
+        return self.n_draft_accepted / self.n_drafted if self.n_drafted else 0.0
+
+    @property
+    def speculative_gain(self) -> float:
+        """Time that generation would have taken without drafts, over what it took with them."""
+        spent = self.decode_sec + self.draft_sec
+        return (self.decode_sec + self.draft_saved_sec) / spent if spent > 0.0 else 1.0
+
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and the rates, as plain JSON values."""
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -158,6 +180,8 @@ class Perf:
             "n_requests": self.n_requests,
             "tokens_per_sec": self.tokens_per_sec,
             "prefill_per_sec": self.prefill_per_sec,
+            "acceptance": self.acceptance,
+            "speculative_gain": self.speculative_gain,
         }
 
     def __str__(self) -> str:
@@ -169,8 +193,17 @@ class Perf:
             f" {self.prefilled_n} computed in {self.prefill_sec:.3f} s\n"
             f"generated {self.predicted_n:6d} tokens {self.tokens_per_sec:9.1f} tok/s;"
             f" decode {self.decode_sec:.3f} s, sampling {self.sample_sec:.3f} s\n"
+            f"{self._drafts()}"
             f"first token {_milliseconds(self.first_token)}\n"
             f"inter-token {_milliseconds(self.inter_token)}"
+        )
+
+    def _drafts(self) -> str:
+        if not self.n_drafted:
+            return ""
+        return (
+            f"drafted   {self.n_drafted:6d} tokens, {100 * self.acceptance:.0f} % accepted;"
+            f" {self.speculative_gain:.2f} times as fast as without\n"
         )
 
 
@@ -190,10 +223,10 @@ class Reading:
     def since(self, begin: Reading) -> Perf:
         """Return what happened between `begin` and this."""
         ended = (now - before for now, before in zip(self.ended, begin.ended, strict=True))
-        steps, decoded, prefilled, generated, decode_us, prefill_us, sample_us = (
+        steps, _, prefilled, generated, decode_us, prefill_us, sample_us, *drafts = (
             now - before for now, before in zip(self.counts, begin.counts, strict=True)
         )
-        del decoded
+        drafted, accepted, drafting_us, saved_us = drafts
         return Perf(
             requests=MappingProxyType(dict(zip(_REASONS, ended, strict=True))),
             prompt_n=self.prompt_n - begin.prompt_n,
@@ -206,6 +239,10 @@ class Reading:
             sample_sec=sample_us / 1e6,
             wall_sec=(self.at_us - begin.at_us) / 1e6,
             n_steps=steps,
+            n_drafted=drafted,
+            n_draft_accepted=accepted,
+            draft_sec=drafting_us / 1e6,
+            draft_saved_sec=saved_us / 1e6,
             first_token=_latencies(self.first_token, begin.first_token),
             inter_token=_latencies(self.inter_token, begin.inter_token),
         )

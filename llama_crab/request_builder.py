@@ -13,6 +13,7 @@ from .lora import LoraSets
 from .params import INT32_MAX, RANDOM_SEED, LlamaParams, ParameterError, require_integer
 from .sampling import SamplerChain
 from .session import Session
+from .speculative import Drafts, Speculative, n_draft_max
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class CompletionOptions(TypedDict, total=False):
     timeout: float | None
     lora: LoraChoice | None
     session: Session | None
+    speculative: Speculative
     response_format: Any
     grammar: str | None
     regex: str | None
@@ -72,7 +74,15 @@ class RequestBuilder:
     Thread-safety: any thread.
     """
 
-    def __init__(self, vocab: _core.Vocab, params: LlamaParams, n_ctx: int, lora: LoraSets) -> None:
+    def __init__(
+        self,
+        vocab: _core.Vocab,
+        params: LlamaParams,
+        n_ctx: int,
+        lora: LoraSets,
+        drafts: Drafts,
+    ) -> None:
+        self._drafts = drafts
         self._vocab = vocab
         self._params = params
         self._n_ctx = n_ctx
@@ -106,6 +116,7 @@ class RequestBuilder:
         timeout: float | None = None,
         lora: LoraChoice | None = None,
         session: Session | None = None,
+        speculative: Speculative = "default",
         response_format: Any = None,
         grammar: str | None = None,
         regex: str | None = None,
@@ -150,6 +161,7 @@ class RequestBuilder:
         if output is not None and output.lark is not None:
             # Last: none of the others may allow again what it bans.
             processors = (*processors, self._lark(output.lark, len(tokens)))
+        speculation, drafter = self._drafts.choose(speculative)
         if seed is None:
             seed = self._params.seed
         request = Request(
@@ -171,6 +183,9 @@ class RequestBuilder:
             stream=stream,
             cache_prompt=cache_prompt,
             logits_processors=processors,
+            speculation=speculation,
+            drafter=drafter,
+            n_draft_max=n_draft_max(drafter),
             priority=priority,
             deadline_us=deadline_us(begin_us, timeout),
             adapters=self._lora.index(lora),

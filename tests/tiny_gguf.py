@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -213,6 +214,139 @@ def write_recurrent(path: Path, tokens: Tokens, *, seed: int = 0) -> Path:
 def write_hybrid(path: Path, tokens: Tokens, *, seed: int = 0) -> Path:
     """Write a Jamba of one recurrent layer and one that attends."""
     return write_model(path, tokens, arch="jamba", seed=seed)[0]
+
+
+def write_mtp(path: Path, tokens: Tokens, *, reads: str, seed: int = 0) -> Path:
+    """Write a GLM-4 MoE of 2 dense layers with one MTP layer, whose draft is known.
+
+    The MTP layer attends to nothing and passes on one of its two inputs: the embedding of the last
+    ``"token"``, or the ``"hidden"`` state of the token before it.
+    """
+    rng = np.random.default_rng(seed)
+    parts = {
+        "token_embd.weight": 2 * _normal(rng, len(tokens.texts), N_EMBD),
+        "output_norm.weight": np.ones(N_EMBD, np.float32),
+        "output.weight": 4 * _normal(rng, len(tokens.texts), N_EMBD),
+    }
+    for layer in range(N_LAYER):
+        parts |= _glm_layer(f"blk.{layer}.", rng) | _feed_forward(f"blk.{layer}.", rng)
+        del parts[f"blk.{layer}.ffn_norm.weight"]
+    p = f"blk.{N_LAYER}."
+    parts |= _glm_layer(p, rng) | _no_experts(p, rng)
+    parts[p + "attn_output.weight"][:] = 0
+    eye, zero = np.eye(N_EMBD, dtype=np.float32), np.zeros((N_EMBD, N_EMBD), np.float32)
+    halves = [eye, zero] if reads == "token" else [zero, eye]
+    parts[p + "nextn.eh_proj.weight"] = np.concatenate(halves, 1)
+    for name in ("enorm", "hnorm", "shared_head_norm"):
+        parts[f"{p}nextn.{name}.weight"] = np.ones(N_EMBD, np.float32)
+    writer = gguf.GGUFWriter(path, "glm4moe")
+    _add_shape(writer, N_LAYER + 1)
+    writer.add_leading_dense_block_count(N_LAYER)
+    writer.add_nextn_predict_layers(1)
+    writer.add_expert_count(2)
+    writer.add_expert_used_count(1)
+    writer.add_expert_shared_count(1)
+    writer.add_expert_feed_forward_length(N_FF)
+    return _finish(writer, path, tokens, parts)
+
+
+def write_eagle3(
+    path: Path, tokens: Tokens, target: Path, *, mapped: bool = False, width: int = N_EMBD
+) -> Path:
+    """Write an EAGLE3 head for a model of `write_model` that says what the input of layer 1 says.
+
+    It attends to nothing and has the target's output matrix; `mapped`: its rows in another order,
+    with the map of their tokens.
+    """
+    rng = np.random.default_rng(1)
+    read = {tensor.name: tensor.data for tensor in gguf.GGUFReader(target).tensors}
+    output = np.array(read["output.weight"])
+    n_kv = N_HEAD_KV * N_EMBD // N_HEAD
+    zero = np.zeros((N_EMBD, width), np.float32)
+    second = np.eye(N_EMBD, width, dtype=np.float32)
+    p = "blk.0."
+    parts: dict[str, npt.NDArray[Any]] = {
+        "fc.weight": np.concatenate([zero, second, zero], 1),
+        "token_embd.weight": np.array(read["token_embd.weight"]),
+        "output_norm.weight": np.ones(N_EMBD, np.float32),
+        "output.weight": output,
+        **_attention(p, rng),
+        **_feed_forward(p, rng),
+        p + "attn_norm_2.weight": np.ones(N_EMBD, np.float32),
+        p + "attn_q.weight": _normal(rng, N_EMBD, 2 * N_EMBD),
+        p + "attn_k.weight": _normal(rng, n_kv, 2 * N_EMBD),
+        p + "attn_v.weight": _normal(rng, n_kv, 2 * N_EMBD),
+    }
+    for name in ("attn_output", "ffn_down"):
+        parts[f"{p}{name}.weight"][:] = 0
+    if mapped:
+        order = rng.permutation(len(output)).astype(np.int64)
+        parts |= {"output.weight": output[order], "d2t": order}
+    writer = gguf.GGUFWriter(path, "eagle3")
+    _add_shape(writer, 1)
+    writer.add_array("eagle3.target_layers", [0, 1, 1])
+    writer.add_uint32("eagle3.target_hidden_size", width)
+    return _finish(writer, path, tokens, parts)
+
+
+def write_quiet_end(path: Path, tokens: Tokens, *, seed: int = 0) -> Path:
+    """Write a Llama whose last layer adds nothing: its output says what that layer's input says."""
+    rng = np.random.default_rng(seed)
+    parts = _tensors("llama", len(tokens.texts), rng)
+    for name in ("attn_output", "ffn_down"):
+        parts[f"blk.1.{name}.weight"][:] = 0
+    writer = gguf.GGUFWriter(path, "llama")
+    _add_shape(writer, N_LAYER)
+    return _finish(writer, path, tokens, parts)
+
+
+def _add_shape(writer: gguf.GGUFWriter, n_layer: int) -> None:
+    head = N_EMBD // N_HEAD
+    writer.add_name("tiny")
+    writer.add_block_count(n_layer)
+    writer.add_context_length(N_CTX_TRAIN)
+    writer.add_embedding_length(N_EMBD)
+    writer.add_feed_forward_length(N_FF)
+    writer.add_head_count(N_HEAD)
+    writer.add_head_count_kv(N_HEAD_KV)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(head)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_file_type(0)
+
+
+def _finish(
+    writer: gguf.GGUFWriter, path: Path, tokens: Tokens, parts: Mapping[str, npt.NDArray[Any]]
+) -> Path:
+    add_tokenizer(writer, tokens)
+    for name, data in parts.items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _glm_layer(p: str, rng: np.random.Generator) -> dict[str, Array]:
+    return {
+        **_attention(p, rng),
+        p + "post_attention_norm.weight": np.ones(N_EMBD, np.float32),
+    }
+
+
+def _no_experts(p: str, rng: np.random.Generator) -> dict[str, Array]:
+    found = {
+        p + "ffn_gate_inp.weight": _normal(rng, 2, N_EMBD),
+        p + "exp_probs_b.bias": np.zeros(2, np.float32),
+    }
+    for kind, shape in (("exps", (2,)), ("shexp", ())):
+        found[f"{p}ffn_gate_{kind}.weight"] = _normal(rng, *shape, N_FF, N_EMBD)
+        found[f"{p}ffn_up_{kind}.weight"] = _normal(rng, *shape, N_FF, N_EMBD)
+        found[f"{p}ffn_down_{kind}.weight"] = np.zeros((*shape, N_EMBD, N_FF), np.float32)
+    return found
 
 
 def write_lora(path: Path, *, arch: str = "llama", rank: int = 4, seed: int = 1) -> Path:

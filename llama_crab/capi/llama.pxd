@@ -189,6 +189,7 @@ cdef extern from "llama.h" nogil:
         int32_t n_threads
         int32_t n_threads_batch
         llama_context_type ctx_type
+        llama_context *ctx_other
         llama_rope_scaling_type rope_scaling_type
         llama_pooling_type pooling_type
         llama_attention_type attention_type

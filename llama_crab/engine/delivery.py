@@ -113,6 +113,7 @@ class Delivery:
         sequence.prompt_logprobs = stepper.prompt_logprobs(slot)
         sequence.n_cached = stepper.progress(slot)[1]
         sequence.times = stepper.times(slot)
+        sequence.drafts = stepper.drafts(slot)
         return text
 
     def _finish(

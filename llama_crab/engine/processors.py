@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from .histories import Histories
 from .request import Sequence
 
 if TYPE_CHECKING:
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from .._core import RowScratch, Stepper
+    from .histories import Ids
 
-    Ids = npt.NDArray[np.int32]
     Rows = npt.NDArray[np.float32]
     LogitsProcessor = Callable[[Ids, Rows], None]
 
@@ -26,33 +27,6 @@ class BatchLogitsProcessor(Protocol):
         """Change `logits` (n_rows, n_vocab) in place; `tokens` are the ids so far, per row."""
 
 
-class History:
-    """The ids of a sequence as an array that grows; what was handed out stays as it was."""
-
-    def __init__(self, stepper: Stepper, slot: int) -> None:
-        import numpy as np
-
-        self._ids = np.array(stepper.tokens(slot), np.int32)
-        self._n = self._ids.size
-
-    def __len__(self) -> int:
-        return int(self._n)
-
-    def extend(self, new: list[int]) -> Ids:
-        """Append ids; return all of them, read-only."""
-        import numpy as np
-
-        if self._n + len(new) > self._ids.size:
-            grown = np.empty(2 * (self._n + len(new)), np.int32)
-            grown[: self._n] = self._ids[: self._n]
-            self._ids = grown
-        self._ids[self._n : self._n + len(new)] = new
-        self._n += len(new)
-        view = self._ids[: self._n]
-        view.flags.writeable = False
-        return view
-
-
 class Processors:
     """Runs the processors of one step: in a request's order, a batch processor once for its rows.
 
@@ -60,16 +34,15 @@ class Processors:
     """
 
     def __init__(self, stepper: Stepper, running: dict[int, Sequence]) -> None:
-        self._stepper = stepper
         self._running = running
-        self._histories: dict[int, tuple[Sequence, History]] = {}
+        self._histories = Histories(stepper)
 
     def __call__(self, slots: list[int], scratch: RowScratch) -> set[int]:
         """Change the rows; return the slots whose processor raised, told in `Sequence.error`."""
         import numpy as np
 
         rows: Rows = np.asarray(scratch)
-        tokens = [self._tokens(slot) for slot in slots]
+        tokens = [self._histories.tokens(slot, self._running[slot]) for slot in slots]
         failed: set[int] = set()
 
         def run(which: list[int], work: Callable[..., object], *args: object) -> None:
@@ -96,14 +69,6 @@ class Processors:
                 work = chains[which[0]][position].process_batch
                 run(which, _run_batch, work, tokens, rows, which)
         return failed
-
-    def _tokens(self, slot: int) -> Ids:
-        sequence = self._running[slot]
-        owner, history = self._histories.get(slot, (None, None))
-        if history is None or owner is not sequence:
-            history = History(self._stepper, slot)
-            self._histories[slot] = (sequence, history)
-        return history.extend(self._stepper.tokens(slot, len(history)))
 
 
 def _run_batch(

@@ -38,11 +38,11 @@ class Request:
     """One call's worth of work: a prompt and `best_of` answers to it, of which `n` are wanted.
 
     `deadline_us` is a reading of `time_us` after which it ends with an error; `adapters` is the
-    index of its LoRA set; a stream that is `n_news_max` pieces ahead of its reader is held (0:
-    never); `listener` is called, by the thread that drives the loop, after it has got news or
-    ended, `on_end` with each sequence that ends, and `on_done` once when all have; `output` is how
-    its answers are read, `opening` what a grammar must know of the prompt's end (see
-    `FusedSampler`).
+    index of its LoRA set; `drafter` is asked for drafts of at most `n_draft_max` tokens; a stream
+    that is `n_news_max` pieces ahead of its reader is held (0: never); `listener` is called, by the
+    thread that drives the loop, after it has got news or ended, `on_end` with each sequence that
+    ends, and `on_done` once when all have; `output` is how its answers are read, `opening` what a
+    grammar must know of the prompt's end (see `FusedSampler`).
     """
 
     prompt: list[int]
@@ -63,6 +63,9 @@ class Request:
     stream: bool = False
     cache_prompt: bool = True
     logits_processors: tuple[Any, ...] = ()
+    speculation: Speculation | None = None
+    drafter: DraftModel | None = None
+    n_draft_max: int = 0
     priority: int = 0
     deadline_us: int = 0
     adapters: int = 0
@@ -137,6 +140,8 @@ class Request:
             first_token_sec=(first_us - self.submit_us) / 1e6 if first_us else 0.0,
             sample_sec=sum(sequence.times[3] for sequence in ran) / 1e6,
             load_sec=load_sec,
+            draft_n=sum(sequence.drafts[0] for sequence in self.sequences),
+            draft_accepted_n=sum(sequence.drafts[1] for sequence in self.sequences),
         )
 
     def tell_done(self) -> None:
@@ -191,6 +196,7 @@ class Sequence:
     error: Exception | None = None
     n_cached: int = 0
     times: tuple[int, int, int, int] = (0, 0, 0, 0)
+    drafts: tuple[int, int] = (0, 0)
     stream: TextStream = field(init=False)
 
     def __post_init__(self) -> None:
@@ -259,7 +265,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from .._core import FusedSampler, Model, Sampler, SuspendedSlot
+    from .._core import FusedSampler, Model, Sampler, Speculation, SuspendedSlot
+    from ..speculative import DraftModel
     from ..structured import StructuredOutput
 
     PieceOf = Callable[[int], bytes]

@@ -18,13 +18,13 @@ from .delivery import Delivery
 from .prefix_cache import Placement, PrefixCache
 from .request import RawLogprobs, Request, Sequence
 from .swap import Swap
+from .user_code import UserCode
 from .waiting import WaitingLine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .processors import Processors
     from .snapshots import SnapshotStore
     from .tally import Tally
 
@@ -83,7 +83,7 @@ class Scheduler:
         self._delivery = Delivery(self.stepper, self._leave, self._hold, self._fail)
         self._deadlines = Deadlines(self._fail)
         self._interrupted = False
-        self._processors: Processors | None = None  # made when a request has some
+        self._user_code = UserCode(self.stepper, self._running)
 
     @property
     def n_running(self) -> int:
@@ -118,6 +118,7 @@ class Scheduler:
             "n_suspended": self.n_suspended,
             "n_steps": self.stepper.n_steps,
             "n_decoded": self.stepper.n_decoded,
+            "speculation": self.stepper.speculation(),
             **self.cache.stats(),
         }
 
@@ -215,9 +216,11 @@ class Scheduler:
         until_us = self._deadlines.expire()
         if self._waiting:
             self._admit()
-        before = self.stepper.n_steps
+        before, user_code = self.stepper.n_steps, self._user_code
         try:
-            news = self.stepper.step(self._budget, n_steps_max, self._processors, until_us)
+            news = self.stepper.step(
+                self._budget, n_steps_max, user_code.processors, until_us, user_code.drafters
+            )
         except KVCacheFullError as error:
             logs.flush(expected=True)
             self._make_room(error)
@@ -240,6 +243,8 @@ class Scheduler:
                 if self.cache.takes_checkpoint(sequence.request):
                     self.cache.checkpoint(slot, sequence.request)
                 self._delivery.collect(sequence)
+        for sequence, reason in user_code.take_failed().items():
+            self._fail(sequence.request, reason)
         self._interrupted = False
         return self.stepper.n_steps != before or bool(news)
 
@@ -361,10 +366,7 @@ class Scheduler:
     def _assign(self, sequence: Sequence, place: Placement) -> None:
         request = sequence.request
         sampler = sequence.compile_sampler(self.context.model)
-        if request.logits_processors and self._processors is None:
-            from .processors import Processors
-
-            self._processors = Processors(self.stepper, self._running)
+        self._user_code.prepare(request)
         checkpoint = len(request.prompt) - 1 if self.cache.takes_checkpoint(request) else -1
         self.stepper.assign(
             place.slot,
@@ -388,6 +390,7 @@ class Scheduler:
             special=request.special,
             emit=request.emit,
             processed=bool(request.logits_processors),
+            speculation=request.speculation,
         )
 
     def _suspend(self, sequence: Sequence) -> None:

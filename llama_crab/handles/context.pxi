@@ -18,23 +18,10 @@ cdef class Context:
 
     def __cinit__(self, Model model not None, **fields):
         cdef lib.llama_context_params c = lib.llama_context_default_params()
-        cdef nat.Status status
-        cdef uint64_t mark
         model._require_open()
-        if model.vocab_only or model.no_alloc:
-            raise errors.ContextCreateError("the model was loaded without weights")
         for field, value in fields.items():
             _set_context_param(&c, field, value)
-        _refuse_unfit_fields(&c, c.n_ctx or model.n_ctx_train)
-        _refuse_larger_than_memory(model, &c)
-        mark = nat.log_mark()
-        with nogil:
-            self._c_ctx = nat.create_context(model._c_model, c, status)
-        if self._c_ctx == NULL:
-            found = _error(errors.ContextCreateError, status, mark, _str(status.message))
-            if any("allocate" in line or "out of memory" in line for line in found.log):
-                found = errors.OutOfMemoryError(found.args[0], log=found.log)
-            raise found
+        _create_context(model, &c, self._c_ctx)
         self._model = model
         self._embeddings = c.embeddings
         self._n_seq_max = lib.llama_n_seq_max(self._c_ctx.get().ctx)

@@ -1,4 +1,4 @@
-# What is checked before llama.cpp could fail in a worse way.
+# What is checked before llama.cpp could fail in a worse way, and the creation itself.
 
 cdef int _refuse_larger_than_memory(
         Model model, lib.llama_context_params *c) except -1:
@@ -45,4 +45,25 @@ cdef int _refuse_exports(nat.ContextHandle *handle) except -1:
             f"{handle.exports()} buffer(s) over logits or embeddings are alive; release them "
             "(`with ctx.logits() as row:`), copy them (`ctx.copy_logits(out=...)`), "
             "or sample in C")
+    return 0
+
+
+cdef int _create_context(
+        Model model, lib.llama_context_params *c, nat.ContextPtr& out) except -1:
+    cdef nat.Status status
+    cdef uint64_t mark
+    cdef nat.ContextPtr made
+    if model.vocab_only or model.no_alloc:
+        raise errors.ContextCreateError("the model was loaded without weights")
+    _refuse_unfit_fields(c, c.n_ctx or model.n_ctx_train)
+    _refuse_larger_than_memory(model, c)
+    mark = nat.log_mark()
+    with nogil:
+        made = nat.create_context(model._c_model, c[0], status)
+    if made == NULL:
+        found = _error(errors.ContextCreateError, status, mark, _str(status.message))
+        if any("allocate" in line or "out of memory" in line for line in found.log):
+            found = errors.OutOfMemoryError(found.args[0], log=found.log)
+        raise found
+    out.swap(made)
     return 0

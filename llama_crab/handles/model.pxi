@@ -50,6 +50,7 @@ cdef class Model:
         self._generation = nat.fork_generation
         self.vocab_only = params.c.vocab_only
         self.no_alloc = params.c.no_alloc
+        self.load_mtp = params.c.load_mtp
         self.path = os.fsdecode(paths[0]) if len(paths) == 1 else tuple(map(os.fsdecode, paths))
 
     def __dealloc__(self):

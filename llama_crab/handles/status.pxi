@@ -92,4 +92,5 @@ def live_handles():
         "models": nat.live_models, "contexts": nat.live_contexts, "batches": nat.live_batches,
         "samplers": nat.live_samplers, "adapters": nat.live_adapters,
         "steppers": nat.live_steppers, "embedders": nat.live_embedders,
+        "drafters": nat.live_drafters,
     }

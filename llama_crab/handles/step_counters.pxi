@@ -34,14 +34,18 @@ cdef class StepCounters:
     def read(self):
         """Return the counts and microseconds.
 
-        ``(n_steps, n_decoded, n_prefilled, n_generated, decode_us, prefill_us, sample_us)``:
-        batches; tokens in them, and of these in prompts; tokens chosen, without those that end an
-        answer; time inside ``llama_decode``, the part of it for prompts (a batch of both kinds is
-        shared out by its tokens), and time spent on output rows.
+        ``(n_steps, n_decoded, n_prefilled, n_generated, decode_us, prefill_us, sample_us,
+        n_drafted, n_draft_accepted, drafting_us, draft_saved_us)``: batches; tokens in them, and of
+        these in prompts; tokens chosen, without those that end an answer; time inside
+        ``llama_decode``, the part of it for prompts (a batch of both kinds is shared out by its
+        tokens), and time spent on output rows; tokens drafted, and of these chosen; time spent on
+        finding them; and what plain batches would have taken beyond those with drafts, negative
+        when drafts lost.
         """
         cdef const nat.CStepCounters *c = self._c_counters.get()
         return (c.n_steps, c.n_decoded, c.n_prefilled, c.n_generated,
-                c.decode_us, c.prefill_us, c.sample_us)
+                c.decode_us, c.prefill_us, c.sample_us, c.n_drafted, c.n_draft_accepted,
+                c.drafting_us, c.draft_saved_us)
 
     @property
     def first_token(self):

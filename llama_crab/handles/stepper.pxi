@@ -99,6 +99,11 @@ cdef class Stepper:
         return self._require_open().can_abort()
 
     @property
+    def can_draft(self):
+        """Whether drafts can be taken out of memory again: not of a recurrent state."""
+        return self._require_open().can_draft()
+
+    @property
     def n_cells_used(self):
         """Cells of the KV cache in use; those that sequences share are counted once."""
         return self._require_open().n_cells_used()
@@ -143,7 +148,8 @@ cdef class Stepper:
                int32_t max_tokens, int32_t min_tokens, stop_tokens, int32_t n_logprobs,
                bint prompt_logprobs, bint ignore_eos, bint special, bint emit,
                bint processed=False, int32_t source=-1, int32_t n_shared=-1,
-               int32_t checkpoint=-1, int64_t rank=0, int32_t adapters=0, int64_t submit_us=0):
+               int32_t checkpoint=-1, int64_t rank=0, int32_t adapters=0, int64_t submit_us=0,
+               Speculation speculation=None):
         """Give slot `i` a request; return how many prompt tokens are in memory.
 
         The first `n_keep` tokens are those that slot `source` has (-1: slot `i` itself). `leader`
@@ -153,7 +159,8 @@ cdef class Stepper:
         at which prefill pauses once and `step` returns; of several prompts the one with the
         smallest `rank` goes first; `adapters` is the index of a LoRA set; `max_tokens` < 0 goes on
         until the context is full; `n_logprobs` < 0 asks for none; `emit` reports every token
-        instead of the end only; the time from `submit_us` (0: none) to its first token is counted.
+        instead of the end only; the time from `submit_us` (0: none) to its first token is counted;
+        without `speculation` no drafts are made.
         """
         cdef nat.CStepper *stepper = self._require_open()
         cdef nat.SlotRequest request
@@ -207,6 +214,8 @@ cdef class Stepper:
         request.special = special
         request.emit = emit
         request.processed = processed
+        if speculation is not None:
+            request.speculation = speculation._c_speculation
         request.sampler = _row_sampler(sampler)
         cdef nat.ContextHandle *handle = self._context._enter(True)
         try:
@@ -219,18 +228,21 @@ cdef class Stepper:
             raise _error(errors.SamplerError, status, mark, "the sampler refused the prompt")
         return kept
 
-    def step(self, int32_t n_tokens_max, int n_steps_max=1, process=None, int64_t until_us=0):
+    def step(self, int32_t n_tokens_max, int n_steps_max=1, process=None, int64_t until_us=0,
+             draft=None):
         """Decode up to `n_tokens_max` tokens and sample; return the slots with news as a list.
 
         A slot appears for each token when it asked to `emit`, and when it has finished. Without
         news the step is repeated, `n_steps_max` times at most; signals are handled in between, and
         `pause` ends it. ``process(slots, rows)`` is called once a batch when slots that asked for
         it are to be sampled: `rows` is their logits as a writable `RowScratch`, one row a slot, and
-        the slots it returns end with an error instead of being sampled.
+        the slots it returns end with an error instead of being sampled. ``draft(slots)`` is called
+        before a batch with the slots whose `Speculation` says `user`; it returns a mapping of slots
+        to the token ids that may follow.
 
         Raises `KVCacheFullError` (nothing was lost; free a slot and step again), `DecodeAborted`
-        (the next step decodes again what was dropped), `DecodeError`, and what `process` raises
-        (the rows are decoded again).
+        (the next step decodes again what was dropped), `DecodeError`, and what `process` and
+        `draft` raise (nothing is lost).
         """
         cdef nat.CStepper *stepper = self._require_open()
         cdef nat.Status status
@@ -244,6 +256,8 @@ cdef class Stepper:
         try:
             for i in range(n_steps_max):
                 n_before = stepper.counters.get().n_steps
+                if draft is not None:
+                    _ask_drafts(self, draft)
                 with nogil:
                     stepper.decode(n_tokens_max, status)
                 if (status.kind != nat.STATUS_OK
@@ -368,6 +382,23 @@ cdef class Stepper:
         cdef const nat.Slot *slot = &stepper.slot(i)
         return slot.n_prompt, slot.n_cached, slot.n_past, slot.n_generated()
 
+    def set_draft_model(self, DraftModel model not None):
+        """Draft with `model`, made for this context, where a `Speculation` says so."""
+        _set_draft_model(self, model)
+
+    def drafts(self, int i):
+        """Return ``(n_drafted, n_accepted)`` of slot `i`, in tokens."""
+        return _drafts(self, i)
+
+    def speculation(self):
+        """Return what is known of drafts.
+
+        ``cost_us``, the microseconds of a batch by its tokens; ``acceptance``, by where drafts come
+        from and by how many tokens of context agreed, the share that held and the trials it is of;
+        ``expected_gain``, ``measured_gain`` of batches with drafts lately, against plain ones.
+        """
+        return _speculation(self)
+
     def finish(self, int i):
         """Return why slot `i` ended, and the stop token if one was sampled.
 
@@ -381,11 +412,7 @@ cdef class Stepper:
 
     def tokens(self, int i, size_t start=0):
         """Return slot `i`'s token ids from `start` on: its prompt, then what was generated."""
-        cdef nat.CStepper *stepper = self._require_open()
-        self._require_slot(i)
-        cdef const nat.Slot *slot = &stepper.slot(i)
-        cdef size_t j
-        return [slot.tokens[j] for j in range(start, slot.tokens.size())]
+        return _slot_tokens(self, i, start)
 
     def error(self, int i):
         """Return the message of a slot that ended with ``"error"``."""
@@ -399,39 +426,18 @@ cdef class Stepper:
         ``(text, tokens, ends, reason)``: the bytes, the token ids, the byte offset after each of
         these tokens, and why the slot ended (see `finish`) or None.
         """
-        cdef nat.CStepper *stepper = self._require_open()
-        self._require_slot(i)
-        cdef const nat.Slot *slot = &stepper.slot(i)
-        cdef size_t j
-        cdef size_t n = slot.text_ends.size()
-        cdef Py_ssize_t size = max(0, <Py_ssize_t> slot.text.size() - n_bytes)
-        return (
-            PyBytes_FromStringAndSize(slot.text.data() + slot.text.size() - size, size),
-            [slot.tokens[slot.n_prompt + j] for j in range(n_tokens, n)],
-            [slot.text_ends[j] for j in range(n_tokens, n)],
-            _FINISH_NAMES[<int> slot.finish],
-        )
+        return _slot_news(self, i, n_bytes, n_tokens)
 
     def logprobs(self, int i, size_t start=0):
         """Return ``[(logprob, [(id, logprob), ...]), ...]`` per generated token from `start` on.
 
         Log-probabilities of the model (natural logarithm), before any sampler stage.
         """
-        cdef nat.CStepper *stepper = self._require_open()
-        self._require_slot(i)
-        cdef const nat.Slot *slot = &stepper.slot(i)
-        cdef size_t j
-        return [(slot.logprobs[j].logprob, slot.logprobs[j].top)
-                for j in range(start, slot.logprobs.size())]
+        return _slot_logprobs(self, i, start)
 
     def prompt_logprobs(self, int i):
         """Return the same per prompt token but the first, for requests with `prompt_logprobs`."""
-        cdef nat.CStepper *stepper = self._require_open()
-        self._require_slot(i)
-        cdef const nat.Slot *slot = &stepper.slot(i)
-        cdef size_t j
-        return [(slot.prompt_logprobs[j].logprob, slot.prompt_logprobs[j].top)
-                for j in range(slot.prompt_logprobs.size())]
+        return _slot_prompt_logprobs(self, i)
 
     def times(self, int i):
         """Return ``(start, first, last, sample)`` of slot `i` in microseconds.
@@ -439,7 +445,4 @@ cdef class Stepper:
         `start`, `first` (token) and `last` (token) are readings of `time_us`, 0 when not reached;
         `sample` is the time spent in sampling.
         """
-        cdef nat.CStepper *stepper = self._require_open()
-        self._require_slot(i)
-        cdef const nat.Slot *slot = &stepper.slot(i)
-        return slot.start_us, slot.first_us, slot.last_us, slot.sample_us
+        return _slot_times(self, i)

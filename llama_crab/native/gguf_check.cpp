@@ -1,10 +1,14 @@
 #include "gguf_check.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <fstream>
 #include <map>
 #include <memory>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "ggml-cpu.h"
 #include "ggml.h"
@@ -104,10 +108,32 @@ void check_numbers(const Numbers & numbers) {
     check_rope(numbers, "rope.dimension_count_swa", "attention.key_length_swa");
 }
 
-void check_tensors(const gguf_context * gguf) {
+// An EAGLE3 head's map from its own tokens to those of the target, where an id outside of them is an
+// assertion in a compute thread.
+void check_token_map(const gguf_context * gguf, int64_t tensor, const std::string & path) {
+    const int64_t        key     = gguf_find_key(gguf, "tokenizer.ggml.tokens");
+    const bool           listed  = key >= 0 && gguf_get_kv_type(gguf, key) == GGUF_TYPE_ARRAY;
+    const size_t         n_vocab = listed ? gguf_get_arr_n(gguf, key) : 0;
+    std::vector<int64_t> ids(gguf_get_tensor_size(gguf, tensor) / sizeof(int64_t));
+    std::ifstream        file(path, std::ios::binary);
+    file.seekg((std::streamoff) (gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, tensor)));
+    file.read(reinterpret_cast<char *>(ids.data()), (std::streamsize) (ids.size() * sizeof(int64_t)));
+    const bool fits = std::all_of(ids.begin(), ids.end(), [&](int64_t id) {
+        return id >= 0 && (uint64_t) id < n_vocab;
+    });
+    if (!file || !fits) {
+        throw std::runtime_error("tensor d2t names tokens outside the vocabulary");
+    }
+}
+
+void check_tensors(const gguf_context * gguf, const std::string & path) {
     for (int64_t i = 0; i < gguf_get_n_tensors(gguf); ++i) {
         const ggml_type   type = gguf_get_tensor_type(gguf, i);
         const std::string name = gguf_get_tensor_name(gguf, i);
+        if (name == "d2t" && type == GGML_TYPE_I64) {
+            check_token_map(gguf, i, path);
+            continue;
+        }
         // A matrix product calls the type's dot product, a null pointer for integers and the like.
         // Tables from token to expert are integers by design; they are only looked up.
         const bool computable = ggml_get_type_traits_cpu(type)->vec_dot != nullptr ||
@@ -152,7 +178,7 @@ void check_gguf(const std::vector<std::string> & paths, const llama_model_kv_ove
             throw std::runtime_error((files.size() > 1 ? path + " is " : std::string()) +
                                      "not a readable GGUF file");
         }
-        check_tensors(gguf.get());
+        check_tensors(gguf.get(), path);
         if (i == 0) {
             check_numbers(read_numbers(gguf.get(), overrides));
             if (paths.size() == 1) {

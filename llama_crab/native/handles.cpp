@@ -1,5 +1,6 @@
 #include "handles.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -86,45 +87,72 @@ ContextHandle::~ContextHandle() {
     --live.contexts;
     if (generation == fork_generation) {
         llama_free(ctx);
-        if (!broken) {
-            // After an assertion the workers may wait at a barrier for ever: joining them would hang.
-            retire_threadpools();
-            free_retired_threadpools();
-        }
+    }
+    if (broken) {
+        abandon_threadpools();
     }
 }
 
-void ContextHandle::retire_threadpools() {
-    for (ggml_threadpool ** pool : {&threadpool_, &threadpool_batch_}) {
-        if (*pool != nullptr) {
-            retired_.push_back(*pool);
-            *pool = nullptr;
-        }
-    }
-}
+ThreadPool::ThreadPool(int32_t n_threads_, bool paused)
+    : pool([&] {
+          ggml_threadpool_params params = ggml_threadpool_params_default(n_threads_);
+          params.paused = paused;
+          return ggml_threadpool_new(&params);
+      }()),
+      n_threads(n_threads_), generation_(fork_generation) {}
 
-void ContextHandle::free_retired_threadpools() {
-    for (ggml_threadpool * pool : retired_) {
+ThreadPool::~ThreadPool() {
+    // Joining workers that wait for ever, or that are the parent's after a fork, would hang.
+    if (!abandoned && generation_ == fork_generation) {
         ggml_threadpool_free(pool);
     }
-    retired_.clear();
+}
+
+void ContextHandle::abandon_threadpools() {
+    for (const ThreadPoolPtr & pool : {threadpool_, threadpool_batch_}) {
+        if (pool != nullptr) {
+            pool->abandoned = true;
+        }
+    }
+    for (const ThreadPoolPtr & pool : retired_) {
+        pool->abandoned = true;
+    }
+}
+
+void ContextHandle::attach(ThreadPoolPtr pool, ThreadPoolPtr batch_pool, int32_t n, int32_t n_batch) {
+    llama_detach_threadpool(ctx);
+    for (ThreadPoolPtr * old : {&threadpool_, &threadpool_batch_}) {
+        if (*old != nullptr) {
+            retired_.push_back(std::move(*old));
+        }
+    }
+    llama_set_n_threads(ctx, n, n_batch);
+    threadpool_       = std::move(pool);
+    threadpool_batch_ = std::move(batch_pool);
+    llama_attach_threadpool(ctx, threadpool_->pool, threadpool_batch_->pool);
 }
 
 void ContextHandle::set_threads(int32_t n_threads, int32_t n_threads_batch) {
-    llama_detach_threadpool(ctx);
-    retire_threadpools();
-    llama_set_n_threads(ctx, n_threads, n_threads_batch);
+    auto pool = std::make_shared<ThreadPool>(n_threads, false);
+    // Only one of the two computes at a time; a paused pool does not spin.
+    auto batch_pool = n_threads_batch == n_threads
+        ? pool : std::make_shared<ThreadPool>(n_threads_batch, true);
+    attach(std::move(pool), std::move(batch_pool), n_threads, n_threads_batch);
+}
 
-    ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
-    threadpool_ = ggml_threadpool_new(&params);
-    if (n_threads_batch != n_threads) {
-        // Only one of the two computes at a time; a paused pool does not spin.
-        ggml_threadpool_params batch_params = ggml_threadpool_params_default(n_threads_batch);
-        batch_params.paused = true;
-        threadpool_batch_ = ggml_threadpool_new(&batch_params);
+void ContextHandle::share_threads(const ContextHandle & other, int32_t n_threads,
+                                  int32_t n_threads_batch) {
+    attach(other.threadpool_, other.threadpool_batch_,
+           std::min(n_threads, other.threadpool_->n_threads),
+           std::min(n_threads_batch, other.threadpool_batch_->n_threads));
+}
+
+void mark_broken(ContextHandle & context, ContextHandle & partner) {
+    context.broken = true;
+    context.abandon_threadpools();
+    if (context.shares_threads(partner)) {
+        partner.set_threads(llama_n_threads(partner.ctx), llama_n_threads_batch(partner.ctx));
     }
-    llama_attach_threadpool(ctx, threadpool_,
-                            threadpool_batch_ != nullptr ? threadpool_batch_ : threadpool_);
 }
 
 bool has_room_for_cells(const llama_model * model, const llama_context_params & params,

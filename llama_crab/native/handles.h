@@ -20,7 +20,7 @@ inline void enter_forked_child() { ++fork_generation; }
 // Live C objects by kind; tests compare it with zero. Order: see live_handle_names in _core.
 struct LiveCounts {
     std::atomic<long> models{0}, contexts{0}, batches{0}, samplers{0}, adapters{0}, steppers{0},
-        embedders{0};
+        embedders{0}, drafters{0};
 };
 extern LiveCounts live;
 inline void count_batches(long n) { live.batches += n; }    // these two kinds are owned by L2
@@ -47,6 +47,23 @@ void save_model(const ModelHandle & model, const std::string & path, Status & st
 
 class AdapterHandle;
 
+// A pool of ggml's threads. Contexts that compute by turns share one: the workers of a second pool
+// would look for work on the cores that the first one needs.
+class ThreadPool {
+public:
+    ThreadPool(int32_t n_threads, bool paused);
+    ~ThreadPool();
+    ThreadPool(const ThreadPool &) = delete;
+
+    struct ggml_threadpool * const pool;
+    const int32_t                  n_threads;
+    bool                           abandoned = false;  // workers may wait at a barrier for ever
+
+private:
+    const int generation_;
+};
+using ThreadPoolPtr = std::shared_ptr<ThreadPool>;
+
 class ContextHandle {
 public:
     ContextHandle(ModelPtr model, llama_context * ctx);
@@ -59,6 +76,11 @@ public:
 
     // Attaches pools for these thread counts; llama.cpp would start and join threads per graph.
     void set_threads(int32_t n_threads, int32_t n_threads_batch);
+    // Attaches another context's pools, of which at most these numbers of threads are used.
+    void share_threads(const ContextHandle & other, int32_t n_threads, int32_t n_threads_batch);
+    bool shares_threads(const ContextHandle & other) const {
+        return threadpool_ == other.threadpool_ && threadpool_batch_ == other.threadpool_batch_;
+    }
 
     void request_abort() { abort_requested_.store(true, std::memory_order_relaxed); }
     void clear_abort() { abort_requested_.store(false, std::memory_order_relaxed); }
@@ -79,20 +101,21 @@ public:
     bool            kv_unified    = false;
     bool            swa_full      = false;
 
-    // Frees pools that set_threads replaced. ggml's CPU backend pauses the pool of its last graph
-    // when it gets another one, so they must live until the next graph has run.
-    void free_retired_threadpools();
+    // Lets go of pools that were replaced. ggml's CPU backend pauses the pool of its last graph when
+    // it gets another one, so they must live until the next graph has run.
+    void free_retired_threadpools() { retired_.clear(); }
+    // After an assertion: whoever has a share of these pools must replace them.
+    void abandon_threadpools();
 
 private:
-    void retire_threadpools();
+    void attach(ThreadPoolPtr pool, ThreadPoolPtr batch_pool, int32_t n, int32_t n_batch);
 
     std::atomic<bool>        busy_{false};
     std::atomic<bool>        abort_requested_{false};
     std::atomic<int>         exports_{0};
     std::atomic<long>        epoch_{0};
-    struct ggml_threadpool * threadpool_       = nullptr;
-    struct ggml_threadpool * threadpool_batch_ = nullptr;
-    std::vector<struct ggml_threadpool *> retired_;
+    ThreadPoolPtr            threadpool_, threadpool_batch_;  // one and the same for equal counts
+    std::vector<ThreadPoolPtr> retired_;
 };
 using ContextPtr = std::shared_ptr<ContextHandle>;
 
@@ -100,6 +123,10 @@ using ContextPtr = std::shared_ptr<ContextHandle>;
 // says what it takes. Linux grants any amount, and kills the process that fills it.
 bool has_room_for_cells(const llama_model * model, const llama_context_params & params,
                         Status & status);
+
+// An assertion failed in `context`. Workers may wait at a barrier of its graph; `partner` must not
+// wait for them.
+void mark_broken(ContextHandle & context, ContextHandle & partner);
 
 ContextPtr create_context(ModelPtr model, llama_context_params params, Status & status) noexcept;
 

@@ -83,6 +83,10 @@ void log_set_level(int level) { min_level.store(level, std::memory_order_relaxed
 LogMute::LogMute() noexcept { ++muted; }
 LogMute::~LogMute() { --muted; }
 
+void log_warn(const std::string & text) {
+    on_log(GGML_LOG_LEVEL_WARN, (text + "\n").c_str(), nullptr);
+}
+
 bool log_pending() noexcept { return pending.load(std::memory_order_relaxed); }
 
 std::vector<LogLine> log_drain() {

@@ -30,6 +30,9 @@ public:
     LogMute & operator=(const LogMute &) = delete;
 };
 
+// A warning of our own, as if llama.cpp had written it.
+void log_warn(const std::string & text);
+
 std::vector<LogLine> log_drain();
 
 // Number of lines seen so far; pass it to log_errors_since() after a call that failed.

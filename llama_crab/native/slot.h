@@ -2,11 +2,16 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "draft_control.h"
 #include "llama.h"
+#include "ngram_cache.h"
+#include "ngram_index.h"
 #include "row_sampler.h"
 
 namespace llama_crab {
@@ -24,6 +29,16 @@ enum class Finish : int32_t {
 struct TokenLogprobs {
     float                                  logprob;  // of the token itself
     std::vector<std::pair<int32_t, float>> top;      // (id, logprob), descending
+};
+
+// Where drafts of a sequence may come from, and how long they may be.
+struct Speculation {
+    int32_t n_max = 0;      // tokens of a draft; 0: none
+    bool    fixed = false;  // always as long as they can be
+    int32_t min_ngram = 0, max_ngram = 0;   // of prompt lookup; 0: without
+    std::shared_ptr<NgramCache> cache;      // null: without
+    bool    model = false;  // the stepper's draft source
+    bool    user  = false;  // Stepper::set_draft
 };
 
 // What a request asks of one sequence. Lengths and ids were checked by L2.
@@ -47,6 +62,28 @@ struct SlotRequest {
     std::vector<llama_token> stop_tokens;             // sorted
     RowSampler *             sampler        = nullptr;  // borrowed
     bool                     processed      = false;  // its rows pass through Python first
+    Speculation              speculation;
+};
+
+// Tokens that may follow those of a slot. They are decoded with them, each with a row, and the sampler
+// decides: what it does not choose is taken out of memory again.
+struct Drafting {
+    std::optional<NgramIndex> index;   // when the request asks for prompt lookup
+    std::vector<llama_token>  tokens;
+    DraftOrigin               origin = DraftOrigin::lookup;
+    int32_t                   agreed = 0;  // context that agreed before the first of them
+    int32_t                   at     = 0;  // position of the first of them
+    int32_t                   n_held = 0;  // that were chosen
+    // The likeliest next token, also when it was not worth decoding: so that it is known how often
+    // drafts hold without making any.
+    llama_token               guess  = LLAMA_TOKEN_NULL;
+    DraftAcceptance           acceptance;
+    int32_t                   n_drafted = 0, n_accepted = 0;
+
+    void drop() {
+        tokens.clear();
+        n_held = 0;
+    }
 };
 
 // Cells [begin, end) of a sequence that were decoded together by one request. Copies of a sequence
@@ -76,6 +113,7 @@ struct Slot {
     std::vector<TokenLogprobs> prompt_logprobs;  // per prompt token but the first
     llama_token                stop_token = LLAMA_TOKEN_NULL;
     std::string                error;
+    Drafting                   draft;
     int64_t                    start_us = 0, first_us = 0, last_us = 0, sample_us = 0;
 
     int32_t n_generated() const { return (int32_t) tokens.size() - n_prompt; }

@@ -51,6 +51,10 @@ struct StepCounters {
     Count decode_us;    // inside llama.cpp,
     Count prefill_us;   // of these for prompts: a batch of both kinds is shared out by its tokens
     Count sample_us;    // choosing tokens
+    Count n_drafted;         // tokens decoded in the hope that they would be chosen,
+    Count n_draft_accepted;  // and of these those that were
+    Count drafting_us;       // finding them
+    Count draft_saved_us;    // what plain batches would have taken beyond those with drafts; see DraftControl
     const std::shared_ptr<LatencyHistogram> first_token = std::make_shared<LatencyHistogram>();
     const std::shared_ptr<LatencyHistogram> inter_token = std::make_shared<LatencyHistogram>();
 };

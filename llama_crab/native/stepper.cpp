@@ -28,7 +28,9 @@ Stepper::Stepper(ContextPtr context)
       added_(slots_.size(), 0),
       in_batch_(slots_.size()),
       copy_pending_(slots_.size(), 0),
-      adapter_sets_(1) {
+      adapter_sets_(1),
+      control_(!unified_),
+      base_(slots_.size(), 0) {
     for (llama_token id = 0; id < n_vocab_; ++id) {
         if (llama_vocab_is_eog(vocab_, id)) {
             eog_tokens_.push_back(id);
@@ -46,12 +48,19 @@ void Stepper::decode(int32_t n_tokens_max, Status & status) {
     events.clear();
     processed_.clear();
     choose_adapters(status);
+    guarded(status, [&] { propose(n_tokens_max); });
     plan(n_tokens_max);
     if (batch_.n_tokens == 0 || status.kind != Status::ok) {
         return;
     }
     const int64_t begin_us = llama_time_us();
     run_batch(*context_, batch_, false, status);
+    if (status.code == 1 && status.kind != Status::ok && drop_drafts()) {
+        // There may be cells for what has to be decoded.
+        status = Status();
+        plan(n_tokens_max);
+        run_batch(*context_, batch_, false, status);
+    }
     for (std::atomic<int32_t> & n : in_batch_) {
         n.store(0, std::memory_order_relaxed);
     }
@@ -78,10 +87,13 @@ void Stepper::decode(int32_t n_tokens_max, Status & status) {
         start_sharers();
         llama_synchronize(context_->ctx);
     });
-    const int64_t us = llama_time_us() - begin_us;
-    counters->decode_us.add(us);
-    counters->prefill_us.add(us * n_prompt_ / batch_.n_tokens);
-    budget.observe(n_decoding_, n_prompt_, us);
+    decode_us_ = llama_time_us() - begin_us;
+    counters->decode_us.add(decode_us_);
+    counters->prefill_us.add(decode_us_ * n_prompt_ / batch_.n_tokens);
+    if (n_drafted_ == 0) {
+        budget.observe(n_decoding_, n_prompt_, decode_us_);
+    }
+    tell_source();
 }
 
 const std::vector<int32_t> & Stepper::slots_to_process() {
@@ -118,6 +130,9 @@ void Stepper::sample(Status & status) {
     guarded(status, [&] {
         for (const Row & row : rows_) {
             Slot & slot = slots_[(size_t) row.slot];
+            if (slot.draft.tokens.size() > 0 && row.target > slot.draft.at + slot.draft.n_held) {
+                continue;  // behind a drafted token that was not chosen
+            }
             float * logits = llama_get_logits_ith(context_->ctx, row.index);
             if (logits == nullptr) {
                 fail(row.slot, "llama.cpp returned no logits");
@@ -136,7 +151,9 @@ void Stepper::sample(Status & status) {
                 start_followers(row.slot);
                 sample_row(row.slot);
             }
+            advance_draft(slot);
         }
+        settle_drafts();
     });
     rows_.clear();
     counters->sample_us.add(llama_time_us() - begin_us);
@@ -330,6 +347,10 @@ void Stepper::release(int32_t i, Finish reason) {
     Slot & slot = slots_[(size_t) i];
     slot.active = false;
     slot.finish = reason;
+    if (slot.request.speculation.cache != nullptr && reason != Finish::none) {
+        slot.request.speculation.cache->learn(slot.tokens, (size_t) slot.n_prompt,
+                                               slot.tokens.size());
+    }
     // Of those that wait for its prompt one goes on, and leads the others: what each has in common
     // with the old leader they have in common with each other.
     Slot *  heir    = nullptr;

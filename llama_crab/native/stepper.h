@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "draft_control.h"
+#include "draft_source.h"
 #include "handles.h"
 #include "logits_row.h"
 #include "slot.h"
@@ -60,6 +62,16 @@ public:
 
     // Instead of `sample`: the rows count as not decoded, the next step decodes them again.
     void discard_rows() { resync(); }
+
+    // Slots whose drafts the user makes, to be given by set_draft before the next `decode`.
+    const std::vector<int32_t> & slots_to_draft();
+    void set_draft(int32_t i, std::vector<llama_token> tokens);
+
+    // Where drafts of requests with speculation.model come from.
+    void set_draft_source(std::shared_ptr<DraftSource> source) { draft_source_ = std::move(source); }
+    // Whether a rejected draft can be taken out of memory.
+    bool can_draft() const { return !recurrent_; }
+    const DraftControl & draft_control() const { return control_; }
 
     // Ends slot `i` with an error.
     void fail(int32_t i, const std::string & message);
@@ -120,6 +132,20 @@ private:
     void    plan(int32_t n_tokens_max);
     void    add_tokens(int32_t i);
 
+    // stepper_draft.cpp
+    bool    draftable(const Slot & slot) const;
+    int32_t draft_room(const Slot & slot) const;
+    void    propose(int32_t n_tokens_max);
+    void    look_up(Slot & slot, int32_t n_max);
+    void    ask_source();
+    void    tell_source();
+    void    rewind_source(int32_t i, int32_t n);
+    void    lose_source(const Status & status);
+    bool    drop_drafts();
+    void    advance_draft(Slot & slot);
+    void    settle_drafts();
+    void    settle_draft(int32_t i);
+
     // stepper_memory.cpp
     int32_t take_cells(int32_t i, Slot & fresh, int32_t source, int32_t n_keep);
     void    copy_cells(int32_t source, int32_t target, int32_t n);
@@ -155,6 +181,8 @@ private:
     std::vector<int32_t>     added_;      // tokens of this batch per slot
     std::vector<std::atomic<int32_t>> in_batch_;  // the same, for other threads
     int32_t                  n_decoding_ = 0, n_prompt_ = 0;  // tokens of this batch by kind
+    int32_t                  n_drafted_ = 0;                  // of the first kind, only hoped for
+    int64_t                  decode_us_ = 0;                  // of this batch
     std::vector<char>        copy_pending_;  // slots of a copy that the next decode makes
     std::vector<AdapterSet>  adapter_sets_;
     int32_t                  adapters_ = 0;        // set that is applied; -1: not known
@@ -169,6 +197,11 @@ private:
     LogitsRow                processed_row_;
     TokenList                best_;
     uint64_t                 next_birth_ = 1;
+    DraftControl             control_;
+    std::shared_ptr<DraftSource> draft_source_;
+    std::vector<DraftOffer>  offers_;
+    std::vector<int32_t>     base_, lengths_, to_draft_;
+    std::vector<DraftSource::Want> wants_;
 };
 
 }  // namespace llama_crab

@@ -85,6 +85,7 @@ int32_t Stepper::reusable_prefix(int32_t i, const std::vector<llama_token> & tok
 void Stepper::remove_cells(int32_t i) {
     llama_memory_seq_rm(memory_, i, -1, -1);
     slots_[(size_t) i].cut(0);
+    rewind_source(i, 0);
 }
 
 void Stepper::copy_cells(int32_t source, int32_t target, int32_t n) {
@@ -120,6 +121,7 @@ int32_t Stepper::take_cells(int32_t i, Slot & fresh, int32_t source, int32_t n_k
         fresh.borrow(old, n_keep);
     }
     fresh.birth = next_birth_++;
+    rewind_source(i, n_keep > 0 && source == i ? n_keep : 0);
     return n_keep;
 }
 
@@ -154,6 +156,7 @@ std::unique_ptr<Slot> Stepper::suspend(int32_t i) {
     slots_[(size_t) i] = Slot();
     taken->active         = true;
     taken->held           = false;
+    taken->draft.drop();
     taken->request.leader = -1;
     return taken;
 }
@@ -243,7 +246,9 @@ void Stepper::resync() {
             n = 0;
         }
         slot.cut(n);
+        rewind_source(i, n);
     }
+    drop_drafts();
 }
 
 void Stepper::set_adapters(int32_t index, AdapterSet set) {

@@ -65,22 +65,27 @@ void Stepper::plan(int32_t n_tokens_max) {
     batch_.n_tokens = 0;
     rows_.clear();
     std::fill(added_.begin(), added_.end(), 0);
-    n_decoding_ = n_prompt_ = 0;
+    n_decoding_ = n_prompt_ = n_drafted_ = 0;
     const int32_t budget_all = std::min(n_tokens_max, n_batch_);
     int32_t       rows_left  = context_->n_outputs_max;
 
     // Sequences that generate come first: a prompt must not stall them.
     prompts_.clear();
     for (int32_t i = 0; i < n_slots(); ++i) {
-        const Slot & slot = slots_[(size_t) i];
+        Slot & slot = slots_[(size_t) i];
         if (!plannable(slot) || slot.request.adapters != adapters_) {
+            slot.draft.drop();
             continue;
         }
-        if (slot.decoding() && n_decoding_ + slot.n_waiting() <= budget_all && rows_left > 0) {
-            added_[(size_t) i] = slot.n_waiting();
-            n_decoding_ += slot.n_waiting();
-            --rows_left;
+        const int32_t n_draft = (int32_t) slot.draft.tokens.size();
+        const int32_t n       = slot.n_waiting() + n_draft;
+        if (slot.decoding() && n_decoding_ + n <= budget_all && rows_left > n_draft) {
+            added_[(size_t) i] = n;
+            n_decoding_ += n;
+            n_drafted_ += n_draft;
+            rows_left -= 1 + n_draft;
         } else {
+            slot.draft.drop();
             prompts_.push_back(i);
         }
     }
@@ -118,9 +123,11 @@ void Stepper::add_tokens(int32_t i) {
     for (int32_t k = 0; k < added_[(size_t) i]; ++k) {
         const int32_t at  = batch_.n_tokens++;
         const int32_t pos = slot.n_past + k;
-        const bool output = pos + 1 == (int32_t) slot.tokens.size() ||
+        const int32_t n_known = (int32_t) slot.tokens.size();
+        const bool output = pos + 1 >= n_known ||
                             (slot.request.prompt_logprobs && pos < slot.n_prompt);
-        batch_.token[at]     = slot.tokens[(size_t) pos];
+        batch_.token[at]     = pos < n_known ? slot.tokens[(size_t) pos]
+                                             : slot.draft.tokens[(size_t) (pos - n_known)];
         batch_.pos[at]       = pos;
         batch_.n_seq_id[at]  = 1;
         batch_.seq_id[at][0] = i;

@@ -13,7 +13,8 @@ from ..errors import GrammarError
 
 if TYPE_CHECKING:
     from .._core import Vocab
-    from ..engine.processors import Ids, Rows
+    from ..engine.histories import Ids
+    from ..engine.processors import Rows
 
 
 _MARK = b"\x02"

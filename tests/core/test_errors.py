@@ -18,7 +18,7 @@ ONE: Any = {"n_ctx": 64, "n_batch": 16, "n_threads": 1, "n_threads_batch": 1}
 
 # What stays readable on a closed object: its identity.
 ALWAYS = {
-    "Model": {"close", "closed", "path", "vocab_only", "no_alloc"},
+    "Model": {"close", "closed", "path", "vocab_only", "no_alloc", "load_mtp"},
     "Context": {"close", "closed", "model"},
     "Batch": {"close", "closed", "capacity", "n_seq_max", "n_embd"},
     "Sampler": {"close", "closed"},
@@ -27,6 +27,7 @@ ALWAYS = {
     "Memory": set(),
     "Stepper": {"close", "context", "pause"},
     "Embedder": {"close", "context"},
+    "DraftModel": {"close", "closed", "target", "model", "kind"},
 }
 
 
@@ -75,6 +76,9 @@ def arguments(batch: _core.Batch, context: _core.Context) -> dict[str, tuple[Any
         "FusedSampler.sample": (context,),
         "Embedder.add": (texts, 0, row.reshape(1, 64), 0),
         "Embedder.run": ("l2",),
+        "DraftModel.decoded": (batch,),
+        "DraftModel.draft": ({0: [1]}, 1),
+        "DraftModel.rewind": (0, 0),
         "Stepper.assign": (0, [1], assign),
         "Stepper.step": (8,),
         "Stepper.reusable_prefix": (0, [1]),
@@ -129,6 +133,7 @@ def test_use_after_close_of_every_attribute_of_every_class(
         context.memory,
         _core.Stepper(context),
         _core.Embedder(context),
+        _core.DraftModel(context, model, "draft", 4),
         context,
         model,
     ]

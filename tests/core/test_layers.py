@@ -19,7 +19,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         (
             *("sampling", "sampling_stages", "sampling_compile", "params", "timings"),
-            *("perf", "param_rules"),
+            *("perf", "param_rules", "speculative"),
             *("completion", "hub", "packaged", "logs", "engine", "stream", "handle", "session"),
             *("request_builder", "lora", "model_identity", "mapping", "openai_fields"),
             *("embedding", "infill", "rerank", "structured", "tools", "tool_loop"),
@@ -29,7 +29,7 @@ LAYERS: dict[str, int] = {
         3,
     ),
     **dict.fromkeys(("llama", "async_llama", "chat_methods", "completion_methods"), 4),
-    **dict.fromkeys(("vector_methods", "tuning", "compat", "telemetry"), 4),
+    **dict.fromkeys(("draft_sources", "vector_methods", "tuning", "compat", "telemetry"), 4),
     **dict.fromkeys(("cli", "pytest_plugin"), 5),
 }
 # They gather and start; every layer is below them.

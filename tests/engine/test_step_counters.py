@@ -77,7 +77,7 @@ def test_counters_are_the_sums_over_requests(make: MakeScheduler) -> None:
     counters, stepper = scheduler.stepper.counters, scheduler.stepper
     first, second = ask(40, 9), ask(33, 7, seed=1, n=2, best_of=3)
     run(scheduler, first, second)
-    n_steps, n_decoded, n_prefilled, n_generated, decode_us, prefill_us, _ = counters.read()
+    n_steps, n_decoded, n_prefilled, n_generated, decode_us, prefill_us, *_ = counters.read()
     assert (n_steps, n_decoded, decode_us) == (
         stepper.n_steps,
         stepper.n_decoded,

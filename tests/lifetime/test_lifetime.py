@@ -62,9 +62,11 @@ def make(n_threads=1):
     batch.extend([1, 300], 0, 0, "last")
     context.decode(batch)
     stepper = _core.Stepper(context)
+    drafts = _core.DraftModel(context, model, "draft", 4)
     return dict(model=model, context=context, vocab=model.vocab, memory=context.memory,
                 adapter=adapter, chain=chain, stage=chain[0], batch=batch,
-                buffer=memoryview(context.logits()), view=context.logits(), stepper=stepper)
+                buffer=memoryview(context.logits()), view=context.logits(), stepper=stepper,
+                drafts=drafts)
 
 def use(name, item):
     if name == "model": item.n_embd
@@ -78,6 +80,7 @@ def use(name, item):
     if name == "buffer": item[0], item[758]
     if name == "view": bytes(item)
     if name == "stepper": item.reusable_prefix(0, [1, 300, 5])
+    if name == "drafts": item.draft({1: [1, 300, 5]}, 4)
 """
 
 
