@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # The core keeps no costs of batches beyond twice that.
 MAX_DRAFT = 128
-_MAX_NGRAM = 16
+MAX_NGRAM = 16
 # Output rows for drafts of all sequences together: each costs memory for two rows of logits.
 _ROWS_OF_DRAFTS = 64
 _KINDS = ("auto", "draft", "mtp", "eagle3")
@@ -62,7 +62,7 @@ class PromptLookupDecoding:
     cache: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        require_integer("speculative.max_ngram", self.max_ngram, (1, _MAX_NGRAM))
+        require_integer("speculative.max_ngram", self.max_ngram, (1, MAX_NGRAM))
         require_integer("speculative.min_ngram", self.min_ngram, (1, self.max_ngram))
         require_integer("speculative.num_pred_tokens", self.num_pred_tokens, (1, MAX_DRAFT))
         _require_bool("adaptive", self.adaptive)

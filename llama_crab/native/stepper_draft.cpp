@@ -47,8 +47,11 @@ void Stepper::propose(int32_t n_tokens_max) {
         }
         const Speculation & wanted = slot.request.speculation;
         const int32_t       n_max  = draft_room(slot);
-        int32_t             n      = std::min(n_max, (int32_t) slot.draft.tokens.size());
-        slot.draft.tokens.resize((size_t) n);  // the user's, if any
+        if (!wanted.user) {
+            slot.draft.drop();
+        }
+        int32_t n = std::min(n_max, (int32_t) slot.draft.tokens.size());
+        slot.draft.tokens.resize((size_t) n);
         if (n > 0) {
             slot.draft.origin = DraftOrigin::user;
             slot.draft.agreed = 1;

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llama_crab import ParameterError
+from llama_crab import ParameterError, PromptLookupDecoding
 from llama_crab.compat.llama_cpp import (
     GGML_TYPE_Q8_0,
     LLAMA_POOLING_TYPE_MEAN,
@@ -23,6 +23,7 @@ from llama_crab.compat.llama_cpp import (
     NotSupportedError,
 )
 from llama_crab.compat.llama_cpp.arguments import REMOVED, load_params
+from llama_crab.compat.llama_cpp.llama_speculative import LlamaDraftModel
 from llama_crab.errors import ModelNotFoundError
 from llama_crab.params import LlamaParams
 
@@ -93,13 +94,39 @@ def test_what_arguments_become(given: dict[str, Any], field: str, value: Any) ->
     assert getattr(params(**given), field) == value
 
 
+def test_draft_models_draft(smol_path: Path) -> None:
+    found = params(draft_model=LlamaPromptLookupDecoding(3, 500)).speculative
+    assert found == PromptLookupDecoding(3, 128)
+    with pytest.raises(ParameterError, match=r"^draft_model: 5 cannot be called"):
+        params(draft_model=5)
+
+    class Own(LlamaDraftModel):
+        n_calls = 0
+
+        def __call__(self, input_ids: Any, /, **kwargs: Any) -> Any:
+            self.n_calls += 1
+            return input_ids[:4]
+
+    own = Own()
+    prompt = "one two three one two three one two"
+    plain = Llama(str(smol_path), n_ctx=256, verbose=False)
+    drafted = Llama(str(smol_path), n_ctx=256, verbose=False, draft_model=own)
+    texts = [
+        llama(prompt, max_tokens=16, temperature=0.0)["choices"][0]["text"]
+        for llama in (plain, drafted)
+    ]
+    assert texts[0] == texts[1]
+    assert own.n_calls > 5
+    plain.close()
+    drafted.close()
+
+
 @pytest.mark.parametrize(
     "given",
     [
         {"logits_all": True},
         {"numa": True},
         {"lora_base": "base.gguf"},
-        {"draft_model": LlamaPromptLookupDecoding()},
         {"n_parts": 2},
         {"f16_kv": False},
         {"device": "cpu"},

@@ -7,7 +7,9 @@ from typing import Any
 
 from ... import _core
 from ...params import LlamaParams, ParameterError
+from ...speculative import MAX_DRAFT, MAX_NGRAM, PromptLookupDecoding
 from .constants import LLAMA_DEFAULT_SEED, NAMES
+from .llama_speculative import LlamaPromptLookupDecoding
 from .notices import refuse, warn_once
 
 # Values that ask for what happens anyway, so that nobody needs to hear of them.
@@ -15,7 +17,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_all": (False, None),
     "numa": (False, 0, None),
     "lora_base": (None,),
-    "draft_model": (None,),
     "n_parts": (-1, None),
     "f16_kv": (True, None),
     "low_vram": (False, None),
@@ -28,7 +29,6 @@ _REASONS = {
     "logits_all": "not needed: log-probabilities are always there, and take no room when unused",
     "numa": "not set up here; start the program under numactl",
     "lora_base": "llama.cpp has no use for it any more",
-    "draft_model": "not used: the text is the same without it",
     "n_parts": "llama.cpp has no use for it any more",
     "f16_kv": "not used; choose the cache's types with type_k and type_v",
     "low_vram": "llama.cpp has no use for it any more; see offload_kqv",
@@ -88,6 +88,7 @@ def load_params(given: Mapping[str, Any], more: Mapping[str, Any] | None) -> Lla
         "flash_attn_type": given["flash_attn"],
         "type_k": _named("type_k", given["type_k"], "cache_type"),
         "type_v": _named("type_v", given["type_v"], "cache_type"),
+        "speculative": _speculative(given["draft_model"]),
     }
     for name in _SAME_NAME:
         if given[name] != _UNSET.get(name):
@@ -128,6 +129,20 @@ def _named(name: str, value: Any, kind: str = "") -> Any:
         listed = ", ".join(f"{number} ({text})" for number, text in names.items())
         raise ParameterError(f"{name}: {value!r} is not one of {listed}")
     return names[value]
+
+
+def _speculative(draft_model: Any) -> Any:
+    """Return what drafts come from: our own lookup, or the caller's model in our form."""
+    if draft_model is None:
+        return None
+    if type(draft_model) is LlamaPromptLookupDecoding:
+        return PromptLookupDecoding(
+            max(1, min(draft_model.max_ngram_size, MAX_NGRAM)),
+            max(1, min(draft_model.num_pred_tokens, MAX_DRAFT)),
+        )
+    if not callable(draft_model):
+        raise ParameterError(f"draft_model: {draft_model!r} cannot be called")
+    return lambda tokens, n_max: draft_model(tokens)[:n_max]
 
 
 def _load_mode(use_mmap: bool, use_mlock: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""llama-cpp-python's draft models. They are accepted as ``draft_model`` and not used."""
+"""llama-cpp-python's draft models, for ``draft_model``; the lookup becomes ours, which is indexed."""
 
 from __future__ import annotations
 
