@@ -1,4 +1,4 @@
-"""llama-cpp-python's draft models, for ``draft_model``; the lookup becomes ours, which is indexed."""
+"""llama-cpp-python's draft models, for ``draft_model``; the lookup becomes our own."""
 
 from __future__ import annotations
 
