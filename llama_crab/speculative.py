@@ -170,8 +170,11 @@ def from_text(text: str) -> Any:
         return None if text == "none" else text
     kind, *numbers = text.split(":")
     if kind == "lookup" and len(numbers) <= 2 and all(map(_is_count, numbers)):
-        names = ("max_ngram", "num_pred_tokens")
-        return PromptLookupDecoding(**dict(zip(names, map(int, numbers), strict=False)))
+        found = PromptLookupDecoding()
+        counts = [int(n) for n in numbers] + [found.max_ngram, found.num_pred_tokens][
+            len(numbers) :
+        ]
+        return PromptLookupDecoding(counts[0], counts[1])
     if not text.lower().endswith(".gguf"):
         raise ParameterError(
             f"speculative: {text!r} is not auto, none, lookup[:MAX_NGRAM[:N]] or FILE.gguf"
