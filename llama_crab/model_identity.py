@@ -41,6 +41,7 @@ def file_identity(paths: Iterable[str | os.PathLike[str]]) -> str:
 def state_key(model: _core.Model, params: LlamaParams) -> dict[str, Any]:
     """Return what a saved state must agree with to be used again, as JSON values."""
     paths = (model.path,) if isinstance(model.path, str) else model.path
+    # Drafts change no state, and a drafter of the user's own could not be written down.
     fields = params.replace(speculative=None).to_dict()
     n_streams = 1 if params.kv_unified else params.n_seq_max or 1
     return {

@@ -161,6 +161,51 @@ def to_dict(value: Any) -> Any:
     }
 
 
+def from_text(text: str) -> Any:
+    """Return what ``auto``, ``none``, ``lookup[:MAX_NGRAM[:N]]`` or ``FILE.gguf`` stands for.
+
+    Raises `ParameterError` for anything else, and for a file that is not there.
+    """
+    if text in ("auto", "none"):
+        return None if text == "none" else text
+    kind, *numbers = text.split(":")
+    if kind == "lookup" and len(numbers) <= 2 and all(map(_is_count, numbers)):
+        found = PromptLookupDecoding()
+        counts = [int(n) for n in numbers] + [found.max_ngram, found.num_pred_tokens][
+            len(numbers) :
+        ]
+        return PromptLookupDecoding(counts[0], counts[1])
+    if not text.lower().endswith(".gguf"):
+        raise ParameterError(
+            f"speculative: {text!r} is not auto, none, lookup[:MAX_NGRAM[:N]] or FILE.gguf"
+        )
+    if not os.path.isfile(text):
+        raise ParameterError(f"speculative: there is no file {text}")
+    return DraftModelDecoding(model=text)
+
+
+def as_text(value: Any) -> str:
+    """Return a name for a table: what `from_text` reads, and behind it what that cannot say."""
+    if value is None or isinstance(value, str):
+        return value or "none"
+    if isinstance(value, PromptLookupDecoding):
+        name, said = (
+            f"lookup:{value.max_ngram}:{value.num_pred_tokens}",
+            {"max_ngram", "num_pred_tokens"},
+        )
+    elif isinstance(value, DraftModelDecoding):
+        path = None if value.model is None else os.path.basename(os.fspath(value.model))
+        name, said = path or "heads", {"model"}
+    else:
+        return str(getattr(value, "__name__", type(value).__name__))
+    more = [
+        f"{item.name}={getattr(value, item.name)}"
+        for item in fields(value)
+        if item.name not in said and getattr(value, item.name) != item.default
+    ]
+    return f"{name} ({', '.join(more)})" if more else name
+
+
 def n_draft_max(value: Any) -> int:
     """Return the most tokens that a draft may have."""
     if value is None:
@@ -243,3 +288,7 @@ def _from_dict(name: str, value: Mapping[str, Any]) -> Any:
     if kind is None or not known.issuperset(values):
         raise ParameterError(f"{name}: {value!r} is not what to_dict() returned")
     return kind(**values)
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .loading import speculative
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -31,6 +33,7 @@ _FLASH_ATTN = {
 }
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _PRESETS = ("default", "benchmark", "code", "chat", "creative", "structured")
+_TEXTS = ("copy", "free")
 _INT32_MAX = 2**31 - 1
 
 
@@ -60,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--answers", action="store_true", help="whole answers with what their time went into"
     )
     _list(tests, "--presets", None, _names(_PRESETS, "all"), "answers by these sampler chains")
+    help_ = "answers that copy or are free, for --speculative (its default: all)"
+    _list(tests, "--texts", None, _names(_TEXTS, "all"), help_)
     tests.add_argument("--reuse", action="store_true", help="prompts that are in memory already")
     tests.add_argument("--tokenize", action="store_true", help="the tokenizer alone")
     axes = parser.add_argument_group("settings to combine")
@@ -70,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _list(axes, "-ctk", "--cache-type-k", _names(_CACHE_TYPES), "K cache type (default: f16)")
     _list(axes, "-ctv", "--cache-type-v", _names(_CACHE_TYPES), "V cache type (default: f16)")
     _list(axes, "-ngl", "--n-gpu-layers", _ints(-1), "layers on the GPU (-1: all)")
+    _list(axes, "--speculative", None, _speculative, "drafts of answers, as --speculative of run")
     how = parser.add_argument_group("how")
     how.add_argument("-r", "--repetitions", type=_count, default=5, help="rounds (default: 5)")
     how.add_argument("--no-warmup", action="store_true", help="measure the first run as well")
@@ -187,6 +193,8 @@ def _workloads(args: argparse.Namespace) -> list[Workload]:
     found += [all_of.Complete(p, n, name) for p in n_prompt for n in n_gen for name in presets]
     if presets and not (n_prompt and n_gen):
         raise argparse.ArgumentError(None, "--answers, --presets: need -p and -n above 0")
+    texts = _flat(args.texts, list(_TEXTS) if args.speculative and not presets else [])
+    found += [all_of.Answer(text) for text in texts]
     if args.reuse:
         if not n_prompt:
             raise argparse.ArgumentError(None, "--reuse: needs -p above 0")
@@ -208,6 +216,7 @@ def _axes(args: argparse.Namespace) -> dict[str, list[Any]]:
         "type_v": args.cache_type_v,
         "flash_attn_type": args.flash_attn,
         "n_threads": args.threads,
+        "speculative": args.speculative,
     }
     return {name: list(dict.fromkeys(_flat(v, []))) for name, v in given.items() if v}
 
@@ -297,6 +306,10 @@ def _names(allowed: Sequence[str], every: str | None = None) -> Callable[[str], 
         return text.split(",")
 
     return read
+
+
+def _speculative(text: str) -> list[Any]:
+    return [speculative(part) for part in text.split(",")]
 
 
 def _flash_attn(text: str) -> list[str]:

@@ -9,6 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..chat import ChatCompletion
     from ..llama import Llama
+    from ..timings import CompletionTimings
     from .chat_history import Conversation
 
 _MIB = 1 << 20
@@ -34,6 +35,8 @@ def stats_text(
                 f"first after {timings.first_token_sec:.3f} s",
             ),
         ]
+        if timings.draft_n:
+            rows.append(("drafts", _drafts(llama, timings)))
     share = 100 * n_used / llama.n_ctx
     rows.append(("context", f"{n_used} of {llama.n_ctx} tokens ({share:.0f} %)"))
     memory = [f"weights {llama.model.size / _MIB:.0f} MiB"]
@@ -43,6 +46,15 @@ def stats_text(
     memory.append(f"prefix cache {llama.stats()['ram_bytes'] / _MIB:.0f} MiB")
     rows.append(("memory", ", ".join(memory)))
     return "\n".join(f"{label:<10}{value}" for label, value in rows)
+
+
+def _drafts(llama: Llama, timings: CompletionTimings) -> str:
+    held, tried = timings.draft_accepted_n, timings.draft_n
+    gain = llama.perf.speculative_gain
+    return (
+        f"{held} of {tried} tokens accepted ({100 * held / tried:.0f} %); "
+        f"all answers {gain:.2f} times as fast as without"
+    )
 
 
 def _exchanges(conversation: Conversation) -> str:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _FIELDS = (
     *("n_ctx", "n_threads", "n_gpu_layers", "n_batch", "n_ubatch", "flash_attn_type"),
-    *("type_k", "type_v", "verbose", "profile"),
+    *("type_k", "type_v", "verbose", "profile", "speculative"),
 )
 
 
@@ -51,7 +51,26 @@ def add_fields(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("-fa", "--flash-attn-type", metavar="{auto,enabled,disabled}")
     group.add_argument("-ctk", "--type-k", metavar="TYPE", help="K cache type, e.g. q8_0")
     group.add_argument("-ctv", "--type-v", metavar="TYPE", help="V cache type, e.g. q8_0")
+    group.add_argument(
+        "--speculative",
+        type=speculative,
+        metavar="HOW",
+        help="drafts: auto, none, lookup[:MAX_NGRAM[:N]] or a draft model's FILE.gguf "
+        "(default: none)",
+    )
     return group
+
+
+def speculative(text: str) -> Any:
+    """Return where drafts come from. Raises argparse.ArgumentTypeError."""
+    from ..params import ParameterError
+    from ..speculative import from_text
+
+    try:
+        return from_text(text)
+    except ParameterError as error:
+        message = str(error).removeprefix("speculative")
+        raise argparse.ArgumentTypeError(message.lstrip(":. ")) from error
 
 
 def _gpu_layers(text: str) -> int | str:

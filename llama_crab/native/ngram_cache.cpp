@@ -15,7 +15,8 @@ constexpr size_t  learn_step = 64;
 
 // Files hold these hashes: a change needs a new version of the format.
 uint64_t NgramCache::hash(const llama_token * end, int32_t order) {
-    uint64_t hash = (uint64_t) order;
+    // Wide, so that no token makes it 0, which the steps below would keep.
+    uint64_t hash = (uint64_t) order * 0x9FB21C651E98DF25u;
     for (int32_t i = 1; i <= order; ++i) {
         hash = (hash ^ (uint32_t) end[-i]) * 0x9E3779B97F4A7C15u;
         hash ^= hash >> 29;

@@ -221,10 +221,13 @@ void NgramCache::load(const std::string & path, uint64_t key, int32_t n_vocab, S
             status.set(Status::failed, "cannot be opened", errno);
             return;
         }
-        const uint64_t n_bytes = std::filesystem::file_size(to_path(path), error);
+        // Of the open file: another one may have taken its name since.
+        const bool     has_size = std::fseek(file.get(), 0, SEEK_END) == 0;
+        const uint64_t n_bytes  = has_size ? (uint64_t) std::ftell(file.get()) : 0;
+        std::rewind(file.get());
         Stream         stream(file.get());
         uint8_t        header[header_bytes];
-        if (error || !stream.read(header, header_bytes) || std::memcmp(header, magic, 8) != 0) {
+        if (!has_size || !stream.read(header, header_bytes) || std::memcmp(header, magic, 8) != 0) {
             status.set(Status::failed, "it is no file of n-grams");
             return;
         }

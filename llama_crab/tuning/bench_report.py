@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ..errors import LlamaCrabError
 from ..params import LlamaParams
+from ..speculative import as_text
 from .samples import Comparison, Samples, compare
 
 TYPE_CHECKING = False
@@ -25,10 +26,11 @@ _VERSION = 1
 _CONFIG = (
     *("n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "devices", "load_mode"),
     *("n_threads", "n_threads_batch", "n_batch", "n_ubatch", "type_k", "type_v"),
-    *("flash_attn_type", "offload_kqv", "op_offload", "swa_full", "kv_unified"),
+    *("flash_attn_type", "offload_kqv", "op_offload", "swa_full", "kv_unified", "speculative"),
 )
 _COUNTS = ("n_prompt", "n_gen", "depth", "n_seq", "n_chars")
 _PARTS = ("prefill", "decode", "sample", "text", "first_token")
+_DRAFTS = ("drafted", "accepted", "acceptance")
 _SHORT = {
     **{"n_gpu_layers": "ngl", "n_threads": "threads", "n_threads_batch": "threads_batch"},
     **{"flash_attn_type": "fa", "type_k": "ctk", "type_v": "ctv"},
@@ -44,7 +46,7 @@ class BenchRow:
     """One workload on one configuration.
 
     ``seconds`` has a value per round and ``rounds`` their numbers; without any, ``error`` says why
-    there are none, or the run ended before. ``parts`` are medians, in seconds by name.
+    there are none, or the run ended before. ``parts`` are medians, in seconds or tokens by name.
     """
 
     model: str
@@ -69,9 +71,14 @@ class BenchRow:
         facts: Mapping[str, Any],
     ) -> BenchRow:
         """Return the row of a configuration's measurements."""
-        values = params.to_dict()
+        # A drafter of the user's own has a name, and no form that could be read again.
+        values = params.replace(speculative=None).to_dict()
+        values["speculative"] = params.speculative
         config = {name: values[name] for name in _CONFIG if name in values}
         config |= {name: value for name, value in facts.items() if name in _CONFIG}
+        drafts = config.pop("speculative")
+        if drafts is not None:
+            config["speculative"] = as_text(drafts)
         names = sorted({name for _, item in measured for name in item.parts})
         return cls(
             model=os.path.basename(os.fspath(params.model or "")),
@@ -265,16 +272,19 @@ class BenchReport:
         """Return the header and the cells; settings that all rows share are left out."""
         settings = self.differing() or ["n_threads"]
         parts = [name for name in _PARTS if any(name in row.parts for row in self.rows)]
+        drafts = _DRAFTS if any(name in row.parts for row in self.rows for name in _DRAFTS) else ()
         versus = self.comparisons()
         several = len({row.model for row in self.rows}) > 1
         header = ["model"] * several + [_SHORT.get(name, name) for name in settings]
         header += ["test", "rate", *(f"{name.replace('_', ' ')} ms" for name in parts)]
+        header += drafts
         header += ["against the first"] * bool(versus)
         rows = []
         for index, row in enumerate(self.rows):
-            cells = [row.model] * several + [_setting(row.config.get(name)) for name in settings]
+            cells = [row.model] * several + [_shown(row.config, name) for name in settings]
             cells += [row.test, _rate(row)]
             cells += [f"{row.parts[n] * 1e3:.1f}" if n in row.parts else "" for n in parts]
+            cells += [_drafted(row.parts, n) for n in drafts]
             cells += [str(versus[index]) if index in versus else ""] * bool(versus)
             rows.append(cells)
         return header, rows
@@ -354,6 +364,17 @@ def _setting(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "/".join(map(str, value))
     return "default" if value is None else str(value)
+
+
+def _shown(config: Mapping[str, Any], name: str) -> str:
+    value = config.get(name)
+    return "none" if name == "speculative" and value is None else _setting(value)
+
+
+def _drafted(parts: Mapping[str, float], name: str) -> str:
+    if not parts.get("drafted"):  # nothing was: there is no share of it
+        return "0" if name == "drafted" and name in parts else ""
+    return f"{parts[name]:.0%}" if name == "acceptance" else f"{parts[name]:.0f}"
 
 
 def _markdown(cells: Iterable[str]) -> str:

@@ -63,6 +63,7 @@ def bench(
         The parameters that all configurations share.
     axes
         Values of `LlamaParams` fields to combine: ``{"n_threads": [1, 2], "type_k": ["q8_0"]}``.
+        ``speculative`` is for whole answers; raw decodes draft nothing and are measured once.
     rounds
         Each round runs everything once, every other one backwards: what slows the machine for a
         while slows all configurations.
@@ -135,19 +136,29 @@ def _runs(
     if not paths:
         raise ParameterError("model: there is none")
     runs = []
+    seen = set()
     for path, *values in product(paths, *axes.values()):
         for workload in workloads:
+            given = dict(zip(axes, values, strict=True))
+            if not workload.end_to_end and "speculative" in given:
+                del given["speculative"]
+                key = repr((path, given, workload))
+                if key in seen:
+                    continue
+                seen.add(key)
             run = _Run(params.replace(model=path), workload)
             try:
-                chosen = run.params.replace(**dict(zip(axes, values, strict=True)))
-                if not workload.end_to_end and chosen.swa_full is None:
-                    chosen = chosen.replace(swa_full=False)
+                chosen = run.params.replace(**given)
+                if not workload.end_to_end:
+                    chosen = chosen.replace(speculative=None)
+                    if chosen.swa_full is None:
+                        chosen = chosen.replace(swa_full=False)
                 run.params = workload.fit(chosen)
             except ParameterError as error:
                 if "no such parameter" in str(error):
                     raise
                 run.error = error
-                run.facts = dict(zip(axes, values, strict=True))
+                run.facts = given
             runs.append(run)
     return runs
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 
 from ..params import INT32_MAX, MAX_SEQUENCES, LlamaParams, ParameterError, require_integer
 from ..sampling import SamplerChain
+from .texts import TEXTS, chain_of, n_prompt_max, prompt_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -181,8 +182,9 @@ class Complete(Workload):
     """A whole answer: `n_prompt` tokens of English, `n_gen` tokens by a preset sampler chain.
 
     The rate is of generated tokens over the whole call. Its parts, in seconds: ``prefill``,
-    ``decode``, ``sample``, ``text`` (what is left: tokenising, text, Python), which add up to the
-    call, and ``first_token``, which is among them.
+    ``decode``, ``sample``, ``text`` (what is left: drafts, tokenising, text, Python), which add up
+    to the call, and ``first_token``, which is among them. With ``speculative`` also ``drafted`` and
+    ``accepted`` in tokens, and ``acceptance``, their share.
     """
 
     n_prompt: int
@@ -210,28 +212,44 @@ class Complete(Workload):
         return self.measure(bed).seconds
 
     def measure(self, bed: Bed) -> Measured:  # noqa: D102
-        llama = bed.llama
-        stepper = llama._engine.scheduler.stepper
-        prompt = _prompt(bed, self.n_prompt)
-        decoded_us = stepper.decode_us
-        timings = llama.create_completion(
-            prompt,
-            self.n_gen,
-            sampler=_chain(self.preset),
-            seed=0,
-            ignore_eos=True,
-            cache_prompt=False,
-        ).timings
-        decoded = (stepper.decode_us - decoded_us) / 1e6
-        prefill = min(timings.prompt_sec, decoded)
-        parts = {
-            "prefill": prefill,
-            "decode": decoded - prefill,
-            "sample": timings.sample_sec,
-            "text": max(0.0, timings.total_sec - decoded - timings.sample_sec),
-            "first_token": timings.first_token_sec,
-        }
-        return Measured(timings.total_sec, parts)
+        return _answer(bed, _prompt(bed, self.n_prompt), self.n_gen, _chain(self.preset))
+
+
+@dataclass(frozen=True)
+class Answer(Workload):
+    """A whole answer of `n_gen` tokens to a text that shows what drafts are worth.
+
+    ``"copy"`` repeats a program with one name changed, greedily; ``"free"`` goes on with a novel by
+    llama.cpp's default chain and a fixed seed. The rate and its parts are as in `Complete`; a run
+    before lets the lengths of drafts be learned.
+    """
+
+    text: str
+    n_gen: int = 128
+    end_to_end = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text not in TEXTS:
+            raise ParameterError(f"text: {self.text!r} is not one of {', '.join(TEXTS)}")
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return f"{self.text} {self.n_gen}"
+
+    @property
+    def n_tokens(self) -> int:  # noqa: D102
+        return self.n_gen
+
+    def fit(self, params: LlamaParams) -> LlamaParams:  # noqa: D102
+        return fit_context(params, n_prompt_max(self.text) + self.n_gen)
+
+    def run(self, bed: Bed) -> float:  # noqa: D102
+        return self.measure(bed).seconds
+
+    def measure(self, bed: Bed) -> Measured:  # noqa: D102
+        prompt = prompt_of(self.text, bed.model.vocab)
+        return _answer(bed, prompt, self.n_gen, chain_of(self.text))
 
 
 @dataclass(frozen=True)
@@ -306,6 +324,30 @@ _TEXT = (
     "third of March the wind turned west, and 14 boats came back before dark. He counted them "
     "twice, lit the lamp, and thought of what his sister had said about the price of oil.\n"
 )
+
+
+def _answer(bed: Bed, prompt: list[int], n_gen: int, chain: SamplerChain) -> Measured:
+    """Return the seconds of a call with a new prompt and a fixed number of tokens."""
+    llama = bed.llama
+    stepper = llama._engine.scheduler.stepper
+    decoded_us = stepper.decode_us
+    timings = llama.create_completion(
+        prompt, n_gen, sampler=chain, seed=0, ignore_eos=True, cache_prompt=False
+    ).timings
+    decoded = (stepper.decode_us - decoded_us) / 1e6
+    prefill = min(timings.prompt_sec, decoded)
+    parts = {
+        "prefill": prefill,
+        "decode": decoded - prefill,
+        "sample": timings.sample_sec,
+        "text": max(0.0, timings.total_sec - decoded - timings.sample_sec),
+        "first_token": timings.first_token_sec,
+    }
+    if bed.params.speculative is not None:
+        drafted, accepted = float(timings.draft_n), float(timings.draft_accepted_n)
+        parts |= {"drafted": drafted, "accepted": accepted}
+        parts["acceptance"] = accepted / drafted if drafted else 0.0
+    return Measured(timings.total_sec, parts)
 
 
 def _chain(preset: str) -> SamplerChain:

@@ -86,12 +86,14 @@ def arguments(batch: _core.Batch, context: _core.Context) -> dict[str, tuple[Any
         "Stepper.resume": (0, _suspended(context), -1, 0),
         "Stepper.restore": (0, [1], b"x"),
         "Stepper.set_adapters": (1, {}),
+        "Stepper.set_draft_model": (_draft_model(context),),
         "Stepper.text": (0, 0),
         "Stepper.news": (0, 0, 0),
         **{
             f"Stepper.{name}": (0,)
             for name in (
                 *("release", "clear", "is_active", "progress", "finish", "error", "generated"),
+                "drafts",
                 *(
                     "tokens",
                     "logprobs",
@@ -104,6 +106,10 @@ def arguments(batch: _core.Batch, context: _core.Context) -> dict[str, tuple[Any
             )
         },
     }
+
+
+def _draft_model(context: _core.Context) -> _core.DraftModel:
+    return _core.DraftModel(context, context.model, "draft", 4)
 
 
 def _suspended(context: _core.Context) -> _core.SuspendedSlot:

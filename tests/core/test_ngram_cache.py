@@ -189,7 +189,7 @@ def test_the_format_is_the_same_on_every_machine(tmp_path: Path) -> None:
         cache.learn([1, 2, token])
     cache.save(path, KEY)
     mask = (1 << 64) - 1
-    value = 2
+    value = (2 * 0x9FB21C651E98DF25) & mask
     for token in (2, 1):
         value = ((value ^ token) * 0x9E3779B97F4A7C15) & mask
         value ^= value >> 29

@@ -136,6 +136,18 @@ def test_a_drafter_of_ones_own(llama: Llama, prompt: str, errs: str) -> None:
         assert 0 < found.timings.draft_accepted_n < found.timings.draft_n
 
 
+def test_a_drafter_may_be_the_default_of_a_model(tiny_path: Path) -> None:
+    asked: list[int] = []
+
+    def draft(tokens: Any, n_max: int) -> list[int]:
+        asked.append(len(tokens))
+        return []
+
+    with Llama(tiny_path, n_ctx=64, n_threads=1, speculative=draft) as llama:
+        assert llama.create_completion([1, 7, 9], 6, ignore_eos=True).timings.predicted_n == 6
+    assert asked
+
+
 def test_sampled_answers_are_equal_for_the_same_seed(llama: Llama) -> None:
     chains = [
         SamplerChain.default(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,11 @@ def test_what_was_answered_is_drafted_later(
         last, n_accepted = answer()
     assert (last, n_accepted) == (tokens, 0)
     assert "drafts begin anew" in caplog.text
+
+
+def test_the_page_runs(smol_path: Path, run_page: Callable[..., list[str]]) -> None:
+    lines = run_page("speculative.md", 2, '"model.gguf"', repr(str(smol_path)))
+    n_drafted, n_accepted = map(int, lines[0].split())
+    assert n_drafted >= n_accepted
+    acceptance, gain = map(float, lines[1].split())
+    assert 0.0 <= acceptance <= 1.0 < 10 * gain

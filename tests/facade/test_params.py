@@ -38,7 +38,14 @@ def test_set_fields_reach_the_core_under_llama_cpps_names():
 def test_every_field_belongs_to_the_model_the_context_or_the_facade():
     names = {field.name for field in dataclasses.fields(LlamaParams)}
     ours = {"model", "sampler", "seed", "verbose", "max_itl_ms"}
-    ours |= {"cache_ram_mib", "cache_dir", "cache_disk_mib", "fit_margin_mib", "profile"}
+    ours |= {
+        "cache_ram_mib",
+        "cache_dir",
+        "cache_disk_mib",
+        "fit_margin_mib",
+        "profile",
+        "speculative",
+    }
     assert names == ours | set(MODEL_FIELDS) | set(CONTEXT_FIELDS)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from llama_crab import LlamaParams, ParameterError, _core, tuning
+from llama_crab import LlamaParams, ParameterError, PromptLookupDecoding, _core, tuning
 from llama_crab.errors import DecodeError, ModelNotFoundError
 from llama_crab.tuning import BenchReport, BenchRow, bench, bench_run, compare_reports
 from llama_crab.tuning.bed import Bed
@@ -25,8 +25,10 @@ from llama_crab.tuning.bench_plot import plot
 from llama_crab.tuning.bench_report import BenchFileError
 from llama_crab.tuning.bench_run import Progress
 from llama_crab.tuning.interrupt import abort_on_interrupt
+from llama_crab.tuning.texts import TEXTS, n_prompt_max, prompt_of
 from llama_crab.tuning.workloads import (
     PRESETS,
+    Answer,
     Complete,
     Generate,
     Parallel,
@@ -302,9 +304,68 @@ def test_tokenising_counts_characters(tiny_path: Path) -> None:
     assert report.rows[0].samples is not None
 
 
-def test_unknown_presets_are_refused() -> None:
+def test_unknown_presets_and_texts_are_refused() -> None:
     with pytest.raises(ParameterError, match="preset"):
         Complete(1, 1, "poetic")
+    with pytest.raises(ParameterError, match="text: 'poem' is not one of copy, free"):
+        Answer("poem")
+
+
+def test_drafts_are_an_axis_of_answers_only(tiny_path: Path) -> None:
+    """Raw decodes have none, and are measured once; names are what JSON can hold."""
+
+    def nothing(tokens: Any, n_max: int) -> list[int]:
+        return []
+
+    lookup = PromptLookupDecoding(1, 4, adaptive=False)
+    report = bench(
+        tiny_path,
+        [Generate(2), Answer("copy", 24)],
+        params=ONE_THREAD,
+        axes={"speculative": [None, "auto", lookup, nothing, "maybe"], "n_threads": [1]},
+        rounds=3,
+    )
+    names = [None, "auto", "lookup:1:4 (adaptive=False)", "nothing", "maybe"]
+    assert [(row.test, row.config.get("speculative")) for row in report.rows] == [
+        ("tg2", None),
+        *(("copy 24", name) for name in names),
+    ]
+    raw, plain, _, drafted, idle, wrong = report.rows
+    assert "speculative: expected" in (wrong.error or "")
+    assert not [row.error for row in report.rows[:-1] if row.error]
+    assert "drafted" not in raw.parts
+    assert "drafted" not in plain.parts
+    parts = drafted.parts
+    assert parts["drafted"] >= parts["accepted"] >= 0.0
+    assert parts["drafted"] > 0.0
+    assert parts["acceptance"] == parts["accepted"] / parts["drafted"]
+    assert (idle.parts["drafted"], idle.parts["acceptance"]) == (0.0, 0.0)
+    header, rows = report.table()
+    assert header[0] == "speculative"
+    assert header[-4:-1] == ["drafted", "accepted", "acceptance"]
+    assert [row[0] for row in rows] == ["none", *(name or "none" for name in names)]
+    assert rows[1][-4:-1] == ["", "", ""]
+    assert rows[3][-4] == f"{parts['drafted']:.0f}"
+    assert rows[3][-2].endswith("%")
+    assert rows[4][-4:-1] == ["0", "", ""]
+    assert sorted(report.comparisons()) == [2, 3, 4]
+    again = BenchReport.from_dict(json.loads(report.to_json()))
+    assert again.table() == report.table()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_are_the_same_each_time_and_fit(smol_path: Path, text: str) -> None:
+    work = Answer(text, 16)
+    params = LlamaParams(smol_path, n_threads=1, speculative="auto")
+    with Bed(work.fit(params)) as bed:
+        prompt = prompt_of(text, bed.model.vocab)
+        assert prompt == prompt_of(text, bed.model.vocab)
+        assert 16 < len(prompt) <= n_prompt_max(text)
+        measured = work.measure(bed)
+        assert bed.llama.perf.predicted_n == 16
+        # Also a chain that samples has its own seed.
+        assert work.measure(bed).parts.keys() == measured.parts.keys()
+    assert measured.parts["drafted"] >= measured.parts["accepted"]
 
 
 def test_json_gives_the_report_back(tiny_path: Path, tmp_path: Path) -> None:

@@ -75,6 +75,21 @@ def test_end_to_end_tests_and_csv(tiny_path: Path, capsys: pytest.CaptureFixture
     }
 
 
+def test_drafts_are_measured_on_two_texts(
+    tiny_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["bench", str(tiny_path), "-p", "0", "-n", "0", "-r", "1", "-t", "1", "-o", "json"]
+    assert main([*args, "--speculative", "none,auto", "--speculative", "lookup:3:4"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    drafts = (None, "auto", "lookup:3:4")
+    assert [(row["test"], row["speculative"]) for row in rows] == [
+        (test, value) for value in drafts for test in ("copy 128", "free 128")
+    ]
+    assert all({"drafted", "accepted", "acceptance"} <= row["parts"].keys() for row in rows[2:])
+    assert main([*args, "--texts", "free"]) == 0
+    assert [row["test"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["free 128"]
+
+
 def test_one_failure_leaves_the_others(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["bench", str(tiny_path), *SHORT, "-fa", "0", "-ctv", "f16,q8_0"]
     assert main([*args, "-o", "md"]) == 3
@@ -130,6 +145,8 @@ def test_runs_are_saved_and_compared(
         (("-o", "xml"), "-o/--output"),
         (("--presets", "poetic"), "--presets: 'poetic'"),
         (("--presets", "all", "-p", "0"), "--presets: need -p"),
+        (("--texts", "poem"), "--texts: 'poem'"),
+        (("--speculative", "auto,maybe"), "--speculative: 'maybe' is not auto, none"),
         (("--reuse", "-p", "0"), "--reuse: needs -p"),
         (("-p", "0", "-n", "0"), "-p and -n are 0"),
         (("--plot", "speed.txt"), "--plot: speed.txt"),
