@@ -28,11 +28,10 @@ class DraftSources:
         self._path: Path | None = None
         self._model: _core.Model | None = None
         self._draft_model: _core.DraftModel | None = None
-        vocab = stepper.context.model.vocab
-        self._key, self._n_vocab = vocab_key(vocab), vocab.n_tokens
+        self._key = 0  # of the vocabulary, for the cache's file
         wanted = params.speculative
         if isinstance(wanted, PromptLookupDecoding) and wanted.cache is not None:
-            self._open_cache(Path(wanted.cache))
+            self._open_cache(Path(wanted.cache), stepper.context.model.vocab)
         elif isinstance(wanted, DraftModelDecoding) and stepper.can_draft:
             self._open_model(wanted, params, stepper)
 
@@ -50,12 +49,12 @@ class DraftSources:
         if self._model is not None:
             self._model.close()
 
-    def _open_cache(self, path: Path) -> None:
-        self.cache, self._path = _core.NgramCache(_N_NGRAMS), path
+    def _open_cache(self, path: Path, vocab: _core.Vocab) -> None:
+        self.cache, self._path, self._key = _core.NgramCache(_N_NGRAMS), path, vocab_key(vocab)
         if not path.exists():
             return
         try:
-            self.cache.load(path, self._key, self._n_vocab)
+            self.cache.load(path, self._key, vocab.n_tokens)
         except (StateError, OSError) as error:
             _log.warning("drafts begin anew: %s", error)
 

@@ -1,7 +1,6 @@
 #include "draft_control.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace llama_crab {
 

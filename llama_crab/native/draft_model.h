@@ -36,8 +36,6 @@ public:
     // the beginning of the next one's text.
     void decoded(const llama_batch &, Status &) override {}
     void rewind(int32_t, int32_t) override {}
-    void accepted(int32_t, int32_t) override {}
-
     int32_t n_max() const override { return n_max_; }
 
 private:

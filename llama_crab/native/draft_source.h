@@ -23,7 +23,6 @@ public:
     virtual void draft(std::vector<Want> & wants, Status & status) = 0;
     // Sequence `seq` has been cut to its first n tokens, or copied from another, or given to another request: forget what is behind n.
     virtual void rewind(int32_t seq, int32_t n) = 0;
-    virtual void accepted(int32_t seq, int32_t n_accepted) = 0;
     virtual int32_t n_max() const = 0;
 };
 

@@ -144,9 +144,6 @@ public:
         guarded(ignored, [&] { cut(seq, n); });
     }
 
-    // `rewind` says the same, also where other tokens than a draft of these heads were decoded.
-    void accepted(int32_t, int32_t) override {}
-
     int32_t n_max() const override { return n_max_; }
 
 private:

@@ -218,9 +218,6 @@ void Stepper::settle_draft(int32_t i) {
     counters->n_draft_accepted.add(draft.n_held);
     draft.n_drafted += n_drafted;
     draft.n_accepted += draft.n_held;
-    if (draft_source_ != nullptr && draft.origin == DraftOrigin::model) {
-        draft_source_->accepted(i, draft.n_held);
-    }
     const int32_t n_valid = draft.at + draft.n_held;
     if (slot.n_past > n_valid) {
         if (!llama_memory_seq_rm(memory_, i, n_valid, -1)) {
